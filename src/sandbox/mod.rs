@@ -1,0 +1,1 @@
+//! A loopback WhatsApp for the demo, the tests and the benches.
