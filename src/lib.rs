@@ -1,3 +1,7 @@
 //! Switchboard keeps whole fleets of WhatsApp numbers connected.
+
+pub mod domain;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
+pub mod session;
+pub mod store;

@@ -1,0 +1,160 @@
+//! What every kind of session takes and gives, so that the actor of a number never learns a protocol.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+
+use crate::domain::close::CloseReason;
+use crate::domain::id::MessageSeq;
+use crate::domain::message::{Content, Direction};
+use crate::domain::phone::{Contact, Lid, Phone};
+use crate::domain::time::Timestamp;
+
+/// Commands a session holds before it must be asked again; the sender is told when it is full.
+pub const COMMANDS_MAX: usize = 64;
+/// Events waiting for the number's actor before the session stops reading from the socket.
+pub const EVENTS_MAX: usize = 64;
+
+/// What a session is asked to do.
+#[derive(Debug)]
+pub enum SessionCommand {
+    /// Put one message on the wire. Answered by [`SessionEvent::Written`] or [`SessionEvent::NotWritten`].
+    Send(Outgoing),
+    /// Unlink this device on the server; the session then closes with `LoggedOut`.
+    Logout,
+    /// Close politely. The session ends with [`CloseReason::Requested`].
+    Close,
+}
+
+/// One message to put on the wire.
+#[derive(Debug, Clone)]
+pub struct Outgoing {
+    /// Its history row, echoed in the answer.
+    pub seq: MessageSeq,
+    /// WhatsApp's id, the same at every attempt.
+    pub whatsapp_id: String,
+    /// The recipient.
+    pub to: Contact,
+    /// What it says.
+    pub content: Content,
+}
+
+/// What a session tells. Exactly one `Closed` ends every session.
+#[derive(Debug)]
+pub enum SessionEvent {
+    /// Show this QR code; it replaces the previous one.
+    QrCode {
+        /// The text to encode.
+        code: String,
+        /// How long it is valid.
+        valid_for: Duration,
+    },
+    /// The phone accepted us and the credentials are durable.
+    Paired {
+        /// The account's phone number.
+        phone: Phone,
+        /// Its linked identity.
+        lid: Option<Lid>,
+    },
+    /// Logged in and drained: sends are possible now.
+    Online,
+    /// The server answered a ping or another question: proof that both directions work.
+    Alive,
+    /// The message was handed to the socket. Not yet accepted by WhatsApp.
+    Written {
+        /// Which one.
+        seq: MessageSeq,
+    },
+    /// The message did not reach the socket.
+    NotWritten {
+        /// Which one.
+        seq: MessageSeq,
+        /// What follows from it.
+        error: SendError,
+    },
+    /// WhatsApp's answer to a message.
+    Acked {
+        /// The message, by WhatsApp's id.
+        whatsapp_id: String,
+        /// `None`: accepted. Otherwise WhatsApp's error code.
+        error: Option<u16>,
+    },
+    /// A receipt of the other side.
+    Receipt {
+        /// The messages, by WhatsApp's id.
+        whatsapp_ids: Vec<String>,
+        /// Whose receipt it is.
+        from: Contact,
+        /// How far they got.
+        kind: ReceiptKind,
+        /// By WhatsApp's clock.
+        at: Timestamp,
+    },
+    /// Messages to make durable. WhatsApp gets its receipt only after `durable` was answered with `Ok`.
+    Inbound {
+        /// In the order of arrival.
+        messages: Vec<Incoming>,
+        /// Answered once everything is on disk; dropped or `Err` means: deliver again.
+        durable: oneshot::Sender<Result<(), NotDurable>>,
+    },
+    /// The connection is over and its socket is really gone.
+    Closed(CloseReason),
+}
+
+/// Why a message was not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SendError {
+    /// No usable connection; try again when online.
+    Offline,
+    /// The call did not return in time: it may or may not have reached the wire.
+    TimedOut,
+    /// The recipient is not on WhatsApp.
+    NoSuchRecipient,
+    /// The library refuses to build the message; trying again will not help.
+    Invalid,
+    /// A store write failed; the session is about to close.
+    StoreFailed,
+    /// Anything else; worth another try.
+    Other,
+}
+
+/// How far a receipt says a message got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReceiptKind {
+    /// On a device.
+    Delivered,
+    /// Opened.
+    Read,
+    /// Played.
+    Played,
+}
+
+/// A received message, decrypted.
+#[derive(Debug, Clone)]
+pub struct Incoming {
+    /// WhatsApp's id; not unique per sender, see `digest`.
+    pub whatsapp_id: String,
+    /// Inbound, or our own from another device.
+    pub direction: Direction,
+    /// The other side of the chat.
+    pub chat: Contact,
+    /// The sender's display name, where known.
+    pub sender_name: Option<String>,
+    /// What it says.
+    pub content: Content,
+    /// Hash of the decoded message, for telling a repeat from an id used twice.
+    pub digest: [u8; 16],
+    /// When it was written, by WhatsApp's clock.
+    pub written_at: Timestamp,
+}
+
+/// The number could not make the messages durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NotDurable;
+
+/// The number's end of a running session. Dropping it closes the session.
+#[derive(Debug)]
+pub struct SessionHandle {
+    /// Commands; `try_send` only.
+    pub commands: mpsc::Sender<SessionCommand>,
+}

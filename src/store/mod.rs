@@ -1,0 +1,13 @@
+//! The only folder that knows sled. One small Db for what the daemon as a whole knows (`meta`), four volume Dbs
+//! for the numbers. A number is one key range of one volume, so one batch is atomic over everything it owns.
+
+mod chunk;
+mod committer;
+pub mod error;
+pub mod key;
+pub mod layout;
+pub mod meta;
+pub mod number_store;
+mod open;
+pub mod unit;
+mod volume;
