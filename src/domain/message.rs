@@ -39,7 +39,7 @@ impl std::fmt::Debug for MessageRecord {
 }
 
 /// Who wrote a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Direction {
     /// The other side.
     Inbound,
@@ -254,11 +254,7 @@ mod tests {
     #[test]
     fn a_receipt_after_a_failure_proves_it_was_sent() {
         let mut progress = Progress::QUEUED;
-        assert!(progress.climb(
-            MessageStatus::Failed,
-            Timestamp(1),
-            Some(FailureCode::AttemptsExhausted)
-        ));
+        assert!(progress.climb(MessageStatus::Failed, Timestamp(1), Some(FailureCode::AttemptsExhausted)));
         assert!(progress.climb(MessageStatus::Delivered, Timestamp(2), None));
         assert_eq!((progress.status, progress.failure), (MessageStatus::Delivered, None));
     }
