@@ -1,5 +1,6 @@
 //! Switchboard keeps whole fleets of WhatsApp numbers connected.
 
+pub mod api;
 pub mod domain;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
