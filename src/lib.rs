@@ -6,3 +6,5 @@ pub mod domain;
 pub mod sandbox;
 pub mod session;
 pub mod store;
+pub mod telemetry;
+pub mod webhook;
