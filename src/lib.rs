@@ -1,7 +1,10 @@
 //! Switchboard keeps whole fleets of WhatsApp numbers connected.
 
+pub mod api;
 pub mod domain;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 pub mod session;
 pub mod store;
+pub mod telemetry;
+pub mod webhook;

@@ -77,21 +77,21 @@ impl State {
         }
     }
 
-    /// Numeric code for the `state` metric; stable.
+    /// Numeric code for the `state` metric and the wire; stable. 7 is kept for a degraded connection.
     #[must_use]
     pub const fn code(self) -> u8 {
         match self {
-            Self::Unlinked => 0,
-            Self::Linking => 1,
-            Self::Offline { .. } => 2,
-            Self::AwaitingGate => 3,
-            Self::Connecting => 4,
-            Self::Online => 5,
-            Self::Parked { .. } => 7,
-            Self::Replaced => 8,
-            Self::LoggedOut => 9,
-            Self::Stopped => 10,
-            Self::Quarantined => 11,
+            Self::Unlinked => 1,
+            Self::Linking => 2,
+            Self::Offline { .. } => 3,
+            Self::AwaitingGate => 4,
+            Self::Connecting => 5,
+            Self::Online => 6,
+            Self::Parked { .. } => 8,
+            Self::Replaced => 9,
+            Self::LoggedOut => 10,
+            Self::Stopped => 11,
+            Self::Quarantined => 12,
         }
     }
 

@@ -1,5 +1,6 @@
 //! The rules, pure: no async, no clock, no randomness, no I/O. Everything here can be replayed from its inputs.
 
+pub mod access;
 pub mod ack;
 pub mod change;
 pub mod close;
@@ -15,3 +16,4 @@ pub mod outbox;
 pub mod phone;
 pub mod restart;
 pub mod time;
+pub mod webhook;
