@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod domain;
+pub mod number;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 pub mod session;

@@ -108,10 +108,7 @@ mod tests {
         let mut backoff = Backoff::connection();
         (0..20).for_each(|_| drop(backoff.next_delay(&random)));
         let delays: Vec<_> = (0..1_000).map(|_| backoff.next_delay(&random)).collect();
-        let below_half = delays
-            .iter()
-            .filter(|delay| **delay < CONNECTION.last_ceiling / 2)
-            .count();
+        let below_half = delays.iter().filter(|delay| **delay < CONNECTION.last_ceiling / 2).count();
         assert!((400..600).contains(&below_half), "{below_half} of 1000");
     }
 
