@@ -7,5 +7,6 @@ pub mod number;
 pub mod sandbox;
 pub mod session;
 pub mod store;
+pub mod supervisor;
 pub mod telemetry;
 pub mod webhook;

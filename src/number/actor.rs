@@ -14,6 +14,7 @@ use super::message::{
     Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, Waiter,
 };
 use crate::domain::change::IdempotencyRecord;
+use crate::domain::id::EventSeq;
 use crate::domain::lifecycle;
 use crate::domain::message::FailureCode;
 use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
@@ -273,13 +274,13 @@ impl NumberState {
         let (store, snapshot) = loaded?;
         let now = self.environment.clock.now();
         let limits = self.environment.limits;
+        let durable_events = EventSeq(snapshot.counters.event);
         let (number, effects) = Number::restore(self.handle.id(), snapshot, limits, now);
-        let last_event = number.last_event();
         self.loaded = Some(Loaded { number, store: store.clone() });
-        self.perform(effects, myself);
-        self.handle.events_visible(last_event);
-        self.publish(now);
         self.handle.set_live(Some(Live { actor: myself.clone(), store }));
+        self.handle.events_visible(durable_events);
+        self.perform(effects, myself);
+        self.publish(now);
         if self.draining {
             self.step(Input::Drain, myself);
         } else {
