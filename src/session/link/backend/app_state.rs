@@ -64,13 +64,8 @@ impl AppSyncStore for LinkBackend {
         _version: u64,
         mutations: &[AppStateMutationMAC],
     ) -> LibraryResult<()> {
-        let row = |mac: &AppStateMutationMAC| {
-            put(
-                Tag::AppState,
-                self.mac_key(name, &mac.index_mac),
-                mac.value_mac.clone(),
-            )
-        };
+        let row =
+            |mac: &AppStateMutationMAC| put(Tag::AppState, self.mac_key(name, &mac.index_mac), mac.value_mac.clone());
         self.commit_rows(mutations.iter().map(row).collect(), Durability::RidesAlong)
             .await
     }

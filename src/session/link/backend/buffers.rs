@@ -52,7 +52,13 @@ impl LinkBackend {
     pub(super) async fn sweep_sent(&self, cutoff: i64) -> LibraryResult<u32> {
         let _merging = self.merging.lock().await;
         let rows = self
-            .scan(Tag::SentMessage, &[SENT_BY_TIME], None, Order::Ascending, SWEEP_ROWS_MAX)
+            .scan(
+                Tag::SentMessage,
+                &[SENT_BY_TIME],
+                None,
+                Order::Ascending,
+                SWEEP_ROWS_MAX,
+            )
             .await?;
         let mut unit = Unit::rides_along();
         let mut deleted = 0;
@@ -66,7 +72,11 @@ impl LinkBackend {
             let key = kind_key(SENT, &[hash]);
             // A message sent again under the same id has a younger row behind an older index entry.
             let stored = self.get(Tag::SentMessage, &key).await?;
-            if stored.as_deref().and_then(leading_seconds).is_some_and(|(at, _)| at < cutoff) {
+            if stored
+                .as_deref()
+                .and_then(leading_seconds)
+                .is_some_and(|(at, _)| at < cutoff)
+            {
                 unit.delete(Tag::SentMessage, key);
                 deleted += 1;
             }
@@ -114,7 +124,10 @@ impl LinkBackend {
         let stored = self
             .get(Tag::PendingInbound, &self.pending_key(chat, sender, id))
             .await?;
-        Ok(stored.as_deref().and_then(leading_seconds).map(|(_, message)| message.to_vec()))
+        Ok(stored
+            .as_deref()
+            .and_then(leading_seconds)
+            .map(|(_, message)| message.to_vec()))
     }
 
     /// A row that survives its own deletion is delivered again and recognised as known.

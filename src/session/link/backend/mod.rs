@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::Mutex;
 use whatsapp_rust::wacore::store::error::StoreError as LibraryError;
 
-pub use self::device::{forget_device, is_linked, provision};
+pub use self::device::{ProvisionError, forget_device, is_linked, provision};
 use crate::store::error::StoreError;
 use crate::store::key::Tag;
 use crate::store::number_store::{NumberStore, Order, SCAN_ROWS_MAX};

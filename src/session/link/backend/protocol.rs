@@ -9,7 +9,6 @@ use whatsapp_rust::wacore::store::traits::{
 
 use super::{LibraryResult, LinkBackend, SWEEP_ROWS_MAX, encode, kind_key, put};
 use crate::store::key::Tag;
-use crate::store::number_store::{Order, SCAN_ROWS_MAX};
 use crate::store::unit::{Durability, Op};
 
 const SENDER_KEY_DEVICE: u8 = 1;
@@ -70,7 +69,8 @@ impl LinkBackend {
     }
 
     async fn write(&self, rest: Vec<u8>, value: Vec<u8>) -> LibraryResult<()> {
-        self.commit_rows(vec![put(TAG, rest, value)], Durability::RidesAlong).await
+        self.commit_rows(vec![put(TAG, rest, value)], Durability::RidesAlong)
+            .await
     }
 
     async fn remove(&self, rest: Vec<u8>) -> LibraryResult<()> {

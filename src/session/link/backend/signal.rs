@@ -178,9 +178,8 @@ impl SignalStore for LinkBackend {
     }
 
     async fn put_sender_keys_batch(&self, sender_keys: &[(Arc<str>, Bytes)]) -> LibraryResult<()> {
-        let row = |(address, record): &(Arc<str>, Bytes)| {
-            put(Tag::SenderKey, self.sender_key_key(address), record.to_vec())
-        };
+        let row =
+            |(address, record): &(Arc<str>, Bytes)| put(Tag::SenderKey, self.sender_key_key(address), record.to_vec());
         self.commit_rows(sender_keys.iter().map(row).collect(), Durability::Durable)
             .await
     }
