@@ -1,1 +1,25 @@
-//! Linked devices.
+//! Linked devices: one session is one connection of one number, driven through whatsapp-rust over our own
+//! transport, storage, HTTP client and runtime. The library's types never leave this folder.
+
+mod backend;
+mod client;
+mod contact;
+mod content;
+mod driver;
+mod environment;
+mod events;
+mod http;
+mod inbound;
+mod pump;
+mod runtime;
+mod send;
+mod session;
+mod signals;
+mod stanza;
+mod transport;
+mod trust;
+
+pub use self::backend::{ProvisionError, forget_device, is_linked, provision};
+pub use self::environment::{ClientVersion, EnvironmentError, LinkConfig, LinkEnvironment};
+pub use self::session::{LinkParams, Purpose, open};
+pub use self::trust::is_sandbox_build;

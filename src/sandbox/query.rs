@@ -1,0 +1,96 @@
+//! Queries of a logged-in device: every namespace a client asks about, and an honest "not implemented" for the rest.
+
+use crate::sandbox::address::DeviceAddress;
+use crate::sandbox::appstate;
+use crate::sandbox::connection::Reaction;
+use crate::sandbox::link::Farewell;
+use crate::sandbox::login::conflict;
+use crate::sandbox::prekeys;
+use crate::sandbox::stanza::{self, attr, children, tag};
+use crate::sandbox::usync;
+use crate::sandbox::world::World;
+use std::time::Duration;
+use whatsapp_rust::wacore_binary::Node;
+
+/// Media hosts are not simulated here; the name resolves nowhere on purpose.
+const MEDIA_HOST: &str = "media.sandbox.invalid";
+const MEDIA_TTL: u32 = 3_600;
+const PROPS_REFRESH: u32 = 86_400;
+
+/// Takes a query.
+pub fn react(world: &World, device: &DeviceAddress, iq: &Node) -> Vec<Reaction> {
+    let kind = kind_of(iq);
+    if world.faults.mutes(&device.phone, &kind) {
+        return Vec::new();
+    }
+    match kind.as_str() {
+        "passive:active" => vec![Reaction::Reply(stanza::result(iq, [])), Reaction::Active],
+        "md:remove-companion-device" => log_out(world, device, iq),
+        _ => vec![Reaction::Reply(answer(world, device, &kind, iq))],
+    }
+}
+
+/// Namespace and question, as faults name them.
+fn kind_of(iq: &Node) -> String {
+    let namespace = attr(iq, "xmlns").unwrap_or_default();
+    match children(iq).first() {
+        Some(question) => format!("{namespace}:{}", question.tag),
+        None => namespace.into_owned(),
+    }
+}
+
+fn answer(world: &World, device: &DeviceAddress, kind: &str, iq: &Node) -> Node {
+    let is_set = attr(iq, "type").is_some_and(|kind| kind == "set");
+    let namespace = attr(iq, "xmlns").unwrap_or_default();
+    match (namespace.as_ref(), is_set) {
+        ("encrypt", _) => prekeys::answer(world, device, iq),
+        ("usync", _) => usync::answer(world, iq),
+        ("w:sync:app:state", _) => appstate::answer(iq),
+        ("w:p", _) => stanza::result(iq, []),
+        ("abt" | "w", false) => {
+            let props = tag("props")
+                .attr("protocol", "1")
+                .attr("hash", "sandbox")
+                .attr("refresh", PROPS_REFRESH)
+                .attr("refresh_id", "1");
+            stanza::result(iq, [props.build()])
+        }
+        ("blocklist", false) => stanza::result(iq, [tag("list").build()]),
+        ("privacy", false) => stanza::result(iq, [tag("privacy").build()]),
+        ("w:m", _) => stanza::result(iq, [media_connection()]),
+        ("w:g2", false) => stanza::result(iq, [tag("groups").build()]),
+        ("w:profile:picture", false) => stanza::failure(iq, 404, "item-not-found"),
+        // Settings and housekeeping that nothing here depends on.
+        (_, true) => stanza::result(iq, []),
+        (_, false) => {
+            tracing::debug!(kind, "query not implemented");
+            world.stats.unknown_queries.add(1);
+            stanza::failure(iq, 501, "feature-not-implemented")
+        }
+    }
+}
+
+fn media_connection() -> Node {
+    tag("media_conn")
+        .attr("auth", "sandbox")
+        .attr("ttl", MEDIA_TTL)
+        .attr("auth_ttl", MEDIA_TTL)
+        .attr("max_buckets", 1)
+        .children([tag("host").attr("hostname", MEDIA_HOST).build()])
+        .build()
+}
+
+fn log_out(world: &World, device: &DeviceAddress, iq: &Node) -> Vec<Reaction> {
+    if let Some(account) = world.account(&device.phone) {
+        account.state().companions.remove(&device.device);
+        account.dirty.store(true, std::sync::atomic::Ordering::Release);
+    }
+    let farewell = Farewell::Stanza(Box::new(conflict("device_removed")));
+    vec![
+        Reaction::Reply(stanza::result(iq, [])),
+        Reaction::CloseAfter {
+            pause: Duration::ZERO,
+            farewell,
+        },
+    ]
+}

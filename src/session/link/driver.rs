@@ -1,0 +1,470 @@
+//! One session from its opening to `Closed`. Every connection is one `run()` of the library, which is never
+//! aborted while it may still write: it is asked to disconnect, then shut down, then its socket is taken away.
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::Instrument;
+use whatsapp_rust::types::events::Subscription;
+use whatsapp_rust::wacore::iq::keepalive::KeepaliveSpec;
+use whatsapp_rust::{Client, RawNodeLease};
+
+use super::backend::{LinkBackend, forget_device, is_linked};
+use super::client::{self, Parts};
+use super::environment::LinkEnvironment;
+use super::events::subscribe;
+use super::inbound::{Inbox, LateMessage};
+use super::pump::pump;
+use super::runtime::LinkRuntime;
+use super::send::{Outbound, Wire};
+use super::session::{LinkParams, Purpose};
+use super::signals::{LATE_MAX, QUEUE_MAX, Signals};
+use super::stanza::Certainty;
+use super::transport::{Reached, SocketSlot};
+use crate::domain::close::CloseReason;
+use crate::session::contract::{SessionCommand, SessionEvent};
+use crate::store::number_store::NumberStore;
+
+/// From opening to `Online` on a known device: 20 s each for socket and handshake, 90 s to drain.
+const CONNECT_WITHIN: Duration = Duration::from_secs(130);
+/// From opening to the scan: WhatsApp hands out codes for 160 s, the phone then takes its time.
+const SCAN_WITHIN: Duration = Duration::from_secs(300);
+/// From the scan to `Online`: the library gives the first app-state sync 180 s.
+const FIRST_LOGIN_WITHIN: Duration = Duration::from_secs(240);
+/// How often a session looks at its deadlines.
+const TICK: Duration = Duration::from_secs(15);
+/// Without an answer for so long we ask ourselves. The library asks after 15 to 30 s, but only when nothing at
+/// all arrives, and never while a question of its own is open.
+const ASK_AFTER: Duration = Duration::from_secs(40);
+/// Without an answer for so long the connection is dead, whatever bytes arrive. With the tick below 90 s.
+const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(75);
+/// Longest wait for the answer to our own question.
+const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// Longest polite disconnect; the library flushes for up to 10 s inside.
+const DISCONNECT_WITHIN: Duration = Duration::from_secs(15);
+/// Longest unlinking: one question to the server and a disconnect.
+const LOGOUT_WITHIN: Duration = Duration::from_secs(20);
+/// How long `run()` may take to return once its client is shut down and its socket is closed.
+const RUN_ENDS_WITHIN: Duration = Duration::from_secs(5);
+/// How long tasks of the library may take to notice the end before they are aborted.
+const TASKS_END_WITHIN: Duration = Duration::from_secs(2);
+/// How long sends in flight may take at the end.
+const SENDS_END_WITHIN: Duration = Duration::from_secs(2);
+/// How long after the end of the first connection the library may still tell that it was paired.
+const PAIRED_WITHIN: Duration = Duration::from_secs(5);
+/// Connections of one pairing: the one with the code, and a few attempts at the first login.
+const PAIRING_RUNS_MAX: u32 = 4;
+/// Placeholders made durable at once.
+const LATE_AT_ONCE_MAX: usize = 4;
+
+/// Owns everything a session started; on an abort of the session this is what ends the library's tasks.
+struct CloseOnDrop(Arc<LinkRuntime>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Runs one session. Boxed, so that nobody else generates the library's state machines again.
+pub(super) fn drive(
+    environment: Arc<LinkEnvironment>,
+    params: LinkParams,
+    commands: mpsc::Receiver<SessionCommand>,
+) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    let span = params.span.clone();
+    Box::pin(session(environment, params, commands).instrument(span))
+}
+
+async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands: mpsc::Receiver<SessionCommand>) {
+    let LinkParams {
+        store,
+        purpose,
+        slot,
+        events,
+        span,
+    } = params;
+    let (queue, entries) = mpsc::channel(QUEUE_MAX);
+    let (late, late_messages) = mpsc::channel(LATE_MAX);
+    let expected = match &purpose {
+        Purpose::Pair { expected } => Some(expected.clone()),
+        Purpose::Connect => None,
+    };
+    let signals = Signals::new(expected, queue, late);
+    let (finish, last) = oneshot::channel();
+    let mut pumping = JoinSet::new();
+    pumping.spawn(pump(signals.clone(), entries, events, last).instrument(span.clone()));
+
+    let failed = signals.clone();
+    let panicked = signals.clone();
+    let parts = Parts {
+        environment: environment.clone(),
+        backend: LinkBackend::new(store.clone(), Box::new(move || failed.end(CloseReason::StoreFailed))),
+        runtime: LinkRuntime::new(span.clone(), Arc::new(move || panicked.end(CloseReason::Crashed))),
+        slot: SocketSlot::new(slot),
+        signals,
+    };
+    let runtime = CloseOnDrop(parts.runtime.clone());
+    let living = live(&parts, store, purpose, commands, late_messages, span);
+    let reason = AssertUnwindSafe(living)
+        .catch_unwind()
+        .await
+        .unwrap_or(CloseReason::Crashed);
+    drop(runtime);
+    parts.slot.close().await;
+    parts.slot.release().await;
+    if reason == CloseReason::ClientOutdated {
+        environment.distrust_version().await;
+    }
+    tracing::info!(
+        reason = reason.code(),
+        dropped = parts.signals.dropped(),
+        "session closed"
+    );
+    let _ = finish.send(reason);
+    while pumping.join_next().await.is_some() {}
+}
+
+async fn live(
+    parts: &Parts,
+    store: NumberStore,
+    purpose: Purpose,
+    commands: mpsc::Receiver<SessionCommand>,
+    late: mpsc::Receiver<LateMessage>,
+    span: tracing::Span,
+) -> CloseReason {
+    let is_pairing = matches!(purpose, Purpose::Pair { .. });
+    match (is_pairing, is_linked(&store).await) {
+        (true, true) => {
+            return CloseReason::PairingRefused {
+                code: "ALREADY_LINKED".to_owned(),
+            };
+        }
+        // Nothing to log in with: only its owner can help, as after a logout.
+        (false, false) => return CloseReason::LoggedOut { code: 401 },
+        // A new identity must not inherit the Signal state of an old one.
+        (true, false) if forget_device(&store).await.is_err() => return CloseReason::StoreFailed,
+        _ => {}
+    }
+    let Some(version) = parts.environment.client_version().await else {
+        return CloseReason::Unreachable;
+    };
+    let Ok(persistence) = client::load(parts).await else {
+        return CloseReason::StoreFailed;
+    };
+    let Ok(client) = client::build(parts, persistence, version).await else {
+        return CloseReason::StoreFailed;
+    };
+    let wire = Wire {
+        client: client.clone(),
+        backend: parts.backend.clone(),
+        store: store.clone(),
+    };
+    let mut connection = Connection {
+        parts,
+        store,
+        is_pairing,
+        subscription: subscribe(&client, parts.signals.clone()),
+        raw_nodes: client.acquire_raw_node_forwarding(),
+        outbound: Outbound::new(parts.signals.clone(), wire, span.clone()),
+        inbox: Inbox::new(parts.signals.clone()),
+        commands,
+        late,
+        stop: parts.environment.stop_signal(),
+        running: JoinSet::new(),
+        delivering: JoinSet::new(),
+        asking: JoinSet::new(),
+        runs: 0,
+        announced: false,
+        online_by: Some(Instant::now() + if is_pairing { SCAN_WITHIN } else { CONNECT_WITHIN }),
+        tick_at: Instant::now() + TICK,
+        span,
+        client,
+    };
+    connection.start_run();
+    let reason = connection.supervise().await;
+    connection.tear_down(reason).await
+}
+
+/// What the driver reacts to.
+enum Turn {
+    Woken,
+    Command(Option<SessionCommand>),
+    Stopped,
+    Sent,
+    Late(LateMessage),
+    Delivered,
+    RunEnded { panicked: bool },
+    Tick,
+}
+
+struct Connection<'a> {
+    parts: &'a Parts,
+    store: NumberStore,
+    is_pairing: bool,
+    client: Arc<Client>,
+    subscription: Subscription,
+    raw_nodes: RawNodeLease,
+    outbound: Outbound,
+    inbox: Arc<Inbox>,
+    commands: mpsc::Receiver<SessionCommand>,
+    late: mpsc::Receiver<LateMessage>,
+    stop: watch::Receiver<bool>,
+    running: JoinSet<()>,
+    delivering: JoinSet<()>,
+    asking: JoinSet<()>,
+    runs: u32,
+    announced: bool,
+    online_by: Option<Instant>,
+    tick_at: Instant,
+    span: tracing::Span,
+}
+
+impl Connection<'_> {
+    fn signals(&self) -> &Arc<Signals> {
+        &self.parts.signals
+    }
+
+    fn start_run(&mut self) {
+        self.runs += 1;
+        // The library switches this on and off by itself; one run is one connection only while it is off.
+        self.client.enable_auto_reconnect.store(false, Ordering::Relaxed);
+        let client = self.client.clone();
+        let run = async move { client.run().await };
+        self.running.spawn(Box::pin(run).instrument(self.span.clone()));
+    }
+
+    async fn next_turn(&mut self) -> Turn {
+        tokio::select! {
+            biased;
+            () = self.parts.signals.woken() => Turn::Woken,
+            _ = self.stop.wait_for(|stopped| *stopped) => Turn::Stopped,
+            Some(ended) = self.running.join_next() => Turn::RunEnded { panicked: ended.is_err() },
+            command = self.commands.recv() => Turn::Command(command),
+            () = self.outbound.progress() => Turn::Sent,
+            Some(_) = self.delivering.join_next() => Turn::Delivered,
+            Some(message) = self.late.recv(), if self.delivering.len() < LATE_AT_ONCE_MAX => Turn::Late(message),
+            () = sleep_until(self.tick_at) => Turn::Tick,
+        }
+    }
+
+    async fn supervise(&mut self) -> CloseReason {
+        loop {
+            let turn = self.next_turn().await;
+            let reason = match turn {
+                Turn::Woken => self.look().await,
+                Turn::Stopped => Some(CloseReason::Requested),
+                Turn::Command(command) => self.obey(command).await,
+                Turn::RunEnded { panicked: true } => Some(CloseReason::Crashed),
+                Turn::RunEnded { panicked: false } => self.after_run().await,
+                Turn::Sent | Turn::Delivered => None,
+                Turn::Late(message) => {
+                    let inbox = self.inbox.clone();
+                    let deliver = async move { inbox.deliver_late(message).await };
+                    self.delivering.spawn(deliver.instrument(self.span.clone()));
+                    None
+                }
+                Turn::Tick => self.check(),
+            };
+            if let Some(reason) = reason {
+                return reason;
+            }
+        }
+    }
+
+    async fn look(&mut self) -> Option<CloseReason> {
+        if let Some(reason) = self.signals().ending(Certainty::EndNow) {
+            return Some(reason);
+        }
+        if self.signals().is_online() {
+            self.online_by = None;
+        }
+        self.announce().await
+    }
+
+    /// Tells that the phone accepted us, once the credentials are on disk.
+    async fn announce(&mut self) -> Option<CloseReason> {
+        let paired = self.signals().paired()?;
+        if self.announced {
+            return None;
+        }
+        if self.client.persistence_manager().flush().await.is_err() {
+            return Some(CloseReason::StoreFailed);
+        }
+        self.announced = true;
+        if !self.signals().is_online() {
+            self.online_by = Some(Instant::now() + FIRST_LOGIN_WITHIN);
+        }
+        let event = SessionEvent::Paired {
+            phone: paired.phone,
+            lid: paired.lid,
+        };
+        self.signals().deliver(event).await;
+        None
+    }
+
+    async fn obey(&mut self, command: Option<SessionCommand>) -> Option<CloseReason> {
+        match command {
+            Some(SessionCommand::Send(message)) => {
+                self.outbound.take(message);
+                None
+            }
+            Some(SessionCommand::Logout) => {
+                let _ = timeout(LOGOUT_WITHIN, Box::pin(self.client.logout())).await;
+                Some(CloseReason::LoggedOut { code: 401 })
+            }
+            Some(SessionCommand::Close) | None => Some(CloseReason::Requested),
+        }
+    }
+
+    /// A connection ended. After a scan the server asks for a new one: that is still the same session.
+    async fn after_run(&mut self) -> Option<CloseReason> {
+        if self.signals().ending(Certainty::EndNow).is_none()
+            && self.is_pairing
+            && !self.signals().is_online()
+            && self.runs < PAIRING_RUNS_MAX
+        {
+            // The library may tell of the pairing only after the connection it happened on.
+            if self.signals().is_answering_pairing() {
+                let told = async {
+                    while self.parts.signals.paired().is_none() {
+                        self.parts.signals.woken().await;
+                    }
+                };
+                let _ = timeout(PAIRED_WITHIN, told).await;
+            }
+            if let Some(reason) = self.announce().await {
+                return Some(reason);
+            }
+            if self.announced && self.was_routine() {
+                self.signals().next_connection();
+                self.start_run();
+                return None;
+            }
+        }
+        Some(self.reason_after_run())
+    }
+
+    /// Whether the connection ended the way it does after a scan.
+    fn was_routine(&self) -> bool {
+        matches!(
+            self.signals().ending(Certainty::Maybe),
+            None | Some(CloseReason::Recycled | CloseReason::ConnectionLost)
+        )
+    }
+
+    fn reason_after_run(&self) -> CloseReason {
+        if let Some(reason) = self.signals().ending(Certainty::Maybe) {
+            return reason;
+        }
+        if self.signals().has_heard() {
+            // The library gave up on a socket without traffic.
+            return CloseReason::ConnectionLost;
+        }
+        match self.parts.slot.reached() {
+            Reached::Nothing => CloseReason::Unreachable,
+            Reached::Dropped => CloseReason::ConnectionLost,
+            Reached::Silence => CloseReason::HandshakeSilent,
+            Reached::Refusal => CloseReason::HandshakeRefused,
+        }
+    }
+
+    fn check(&mut self) -> Option<CloseReason> {
+        let now = Instant::now();
+        // A little different for everybody, or ten thousand sessions look at the same moment.
+        self.tick_at = now + TICK.mul_f64(rand::random_range(0.9..1.0));
+        if self.online_by.is_some_and(|by| now >= by) {
+            let unscanned = self.is_pairing && !self.announced;
+            return Some(if unscanned {
+                CloseReason::PairingEnded
+            } else {
+                CloseReason::Unresponsive
+            });
+        }
+        if !self.signals().is_online() {
+            return None;
+        }
+        let silence = self.signals().silence()?;
+        if silence >= UNRESPONSIVE_AFTER {
+            return Some(CloseReason::Unresponsive);
+        }
+        while self.asking.try_join_next().is_some() {}
+        if silence >= ASK_AFTER && self.asking.is_empty() {
+            let client = self.client.clone();
+            let ask = async move {
+                // The answer is noticed where every answer is.
+                let _ = client.execute(KeepaliveSpec::with_timeout(ANSWER_WITHIN)).await;
+            };
+            self.asking.spawn(Box::pin(ask).instrument(self.span.clone()));
+        }
+        None
+    }
+
+    async fn tear_down(self, reason: CloseReason) -> CloseReason {
+        let Connection {
+            parts,
+            store,
+            client,
+            subscription,
+            raw_nodes,
+            outbound,
+            mut running,
+            ..
+        } = self;
+        let signals = &parts.signals;
+        let is_abrupt = store.is_poisoned()
+            || matches!(
+                reason,
+                CloseReason::StoreFailed | CloseReason::Crashed | CloseReason::PairingRefused { .. }
+            );
+        if is_abrupt {
+            // What the client still holds was not made durable, so neither the disk nor WhatsApp may see it.
+            signals.seal();
+            parts.backend.seal();
+            client.signal_shutdown_sync();
+            parts.slot.close().await;
+            outbound.close(Duration::ZERO).await;
+        } else {
+            outbound.close(SENDS_END_WITHIN).await;
+            if timeout(DISCONNECT_WITHIN, Box::pin(client.disconnect())).await.is_err() {
+                tracing::warn!("disconnect took too long");
+                client.signal_shutdown_sync();
+                parts.slot.close().await;
+            }
+        }
+        let ended = async { while running.join_next().await.is_some() {} };
+        if timeout(RUN_ENDS_WITHIN, ended).await.is_err() {
+            tracing::warn!("the client does not end, it is abandoned");
+            signals.seal();
+            parts.backend.seal();
+            parts.slot.close().await;
+        }
+        drop((subscription, raw_nodes, client, running));
+        parts.runtime.idle(TASKS_END_WITHIN).await;
+        parts.backend.seal();
+        parts.runtime.close();
+        if matches!(reason, CloseReason::PairingRefused { .. }) && forget_device(&store).await.is_err() {
+            return CloseReason::StoreFailed;
+        }
+        if store.is_poisoned() && !is_final(&reason) {
+            return CloseReason::StoreFailed;
+        }
+        reason
+    }
+}
+
+/// Reasons that stay true whatever happened to our own store.
+fn is_final(reason: &CloseReason) -> bool {
+    matches!(
+        reason,
+        CloseReason::LoggedOut { .. } | CloseReason::Locked | CloseReason::Banned | CloseReason::Replaced
+    )
+}

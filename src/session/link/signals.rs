@@ -1,0 +1,356 @@
+//! What the parts of one session tell each other: why it ends, whether it is online, when the server last
+//! answered, and the one queue through which everything reaches the number. Handlers of the library run
+//! synchronously and must only ever touch this.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+use whatsapp_rust::Client;
+use whatsapp_rust::Jid;
+use whatsapp_rust::store::persistence_manager::PersistenceManager;
+
+use super::inbound::LateMessage;
+use super::stanza::Certainty;
+use crate::domain::close::CloseReason;
+use crate::domain::phone::{Lid, Phone};
+use crate::domain::time::Timestamp;
+use crate::session::contract::{ReceiptKind, SessionEvent};
+
+/// Events between the library's handlers and the pump. The number's own queue behind it is shorter, so this one
+/// only fills when the number does not keep up at all.
+pub(super) const QUEUE_MAX: usize = 1024;
+/// Undecryptable and recovered messages waiting for the disk.
+pub(super) const LATE_MAX: usize = 64;
+/// Shortest time between two `Alive` events: the number wants to know that it lives, not every beat.
+const ALIVE_EVERY: Duration = Duration::from_secs(25);
+
+/// One entry of the queue.
+pub(super) enum Queued {
+    /// Ready to be handed on.
+    Event(SessionEvent),
+    /// A receipt whose sender's other address is still to be looked up, which the handler cannot do.
+    Receipt {
+        whatsapp_ids: Vec<String>,
+        from: Jid,
+        also: Option<Jid>,
+        kind: ReceiptKind,
+        at: Timestamp,
+    },
+}
+
+/// The account that accepted us.
+#[derive(Debug, Clone)]
+pub(super) struct PairedAs {
+    pub(super) phone: Phone,
+    pub(super) lid: Option<Lid>,
+}
+
+#[derive(Default)]
+struct Progress {
+    ending: Option<(Certainty, CloseReason)>,
+    paired: Option<PairedAs>,
+    last_answer: Option<Instant>,
+    last_alive: Option<Instant>,
+}
+
+/// Shared by everything that belongs to one session.
+pub(super) struct Signals {
+    /// The phone a pairing is for.
+    pub(super) expected: Option<Phone>,
+    progress: Mutex<Progress>,
+    wake: Notify,
+    online: AtomicBool,
+    heard: AtomicBool,
+    answering_pairing: AtomicBool,
+    sealed: AtomicBool,
+    dropped: AtomicU64,
+    queue: mpsc::Sender<Queued>,
+    late: mpsc::Sender<LateMessage>,
+    client: OnceLock<Weak<Client>>,
+    persistence: OnceLock<Weak<PersistenceManager>>,
+}
+
+impl Signals {
+    pub(super) fn new(
+        expected: Option<Phone>,
+        queue: mpsc::Sender<Queued>,
+        late: mpsc::Sender<LateMessage>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            expected,
+            progress: Mutex::default(),
+            wake: Notify::new(),
+            online: AtomicBool::new(false),
+            heard: AtomicBool::new(false),
+            answering_pairing: AtomicBool::new(false),
+            sealed: AtomicBool::new(false),
+            dropped: AtomicU64::new(0),
+            queue,
+            late,
+            client: OnceLock::new(),
+            persistence: OnceLock::new(),
+        })
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the client known to those that look things up in it. Once per session.
+    pub(super) fn attach(&self, client: &Arc<Client>) {
+        let _ = self.client.set(Arc::downgrade(client));
+        let _ = self.persistence.set(Arc::downgrade(&client.persistence_manager()));
+    }
+
+    /// The session's client, while there is one.
+    pub(super) fn client(&self) -> Option<Arc<Client>> {
+        self.client.get()?.upgrade()
+    }
+
+    /// Records why the connection ends. A more certain reason replaces a less certain one, never the reverse.
+    pub(super) fn note(&self, certainty: Certainty, reason: CloseReason) {
+        let mut progress = self.progress();
+        if progress.ending.as_ref().is_none_or(|(known, _)| *known < certainty) {
+            progress.ending = Some((certainty, reason));
+        }
+        drop(progress);
+        if certainty == Certainty::EndNow {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Ends the session for a reason of our own.
+    pub(super) fn end(&self, reason: CloseReason) {
+        self.note(Certainty::EndNow, reason);
+    }
+
+    /// The reason recorded so far, if it is at least that certain.
+    pub(super) fn ending(&self, at_least: Certainty) -> Option<CloseReason> {
+        let progress = self.progress();
+        let (certainty, reason) = progress.ending.as_ref()?;
+        (*certainty >= at_least).then(|| reason.clone())
+    }
+
+    /// Between the two connections of a pairing: the restart after the scan is not the end.
+    pub(super) fn next_connection(&self) {
+        let mut progress = self.progress();
+        if progress
+            .ending
+            .as_ref()
+            .is_some_and(|(known, _)| *known < Certainty::EndNow)
+        {
+            progress.ending = None;
+        }
+        drop(progress);
+        self.heard.store(false, Ordering::Release);
+        self.answering_pairing.store(false, Ordering::Release);
+    }
+
+    /// Resolves when something happened that the driver must look at; may resolve once too often.
+    pub(super) async fn woken(&self) {
+        self.wake.notified().await;
+    }
+
+    /// A stanza arrived: the handshake is over and the server speaks to us.
+    pub(super) fn hear(&self) {
+        self.heard.store(true, Ordering::Release);
+    }
+
+    /// Whether any stanza arrived on this connection.
+    pub(super) fn has_heard(&self) -> bool {
+        self.heard.load(Ordering::Acquire)
+    }
+
+    /// The server answered something.
+    pub(super) fn answered(&self) {
+        let now = Instant::now();
+        let mut progress = self.progress();
+        progress.last_answer = Some(now);
+        if progress
+            .ending
+            .as_ref()
+            .is_some_and(|(known, _)| *known == Certainty::Maybe)
+        {
+            progress.ending = None;
+        }
+        let due = progress
+            .last_alive
+            .is_none_or(|last| now.duration_since(last) >= ALIVE_EVERY);
+        if !due || !self.is_online() {
+            return;
+        }
+        progress.last_alive = Some(now);
+        drop(progress);
+        self.tell(SessionEvent::Alive);
+    }
+
+    /// How long ago the server last answered.
+    pub(super) fn silence(&self) -> Option<Duration> {
+        Some(self.progress().last_answer?.elapsed())
+    }
+
+    /// Logged in and drained.
+    pub(super) fn go_online(&self) {
+        if !self.online.swap(true, Ordering::AcqRel) {
+            self.progress().last_answer = Some(Instant::now());
+            self.tell(SessionEvent::Online);
+        }
+        self.wake.notify_one();
+    }
+
+    /// Whether sends are possible.
+    pub(super) fn is_online(&self) -> bool {
+        self.online.load(Ordering::Acquire)
+    }
+
+    /// A pair-success is being answered: from here on the credentials go to disk before anything goes to the wire.
+    pub(super) fn answer_pairing(&self) {
+        self.answering_pairing.store(true, Ordering::Release);
+    }
+
+    /// Whether a pair-success arrived on this connection.
+    pub(super) fn is_answering_pairing(&self) -> bool {
+        self.answering_pairing.load(Ordering::Acquire)
+    }
+
+    /// The phone accepted us.
+    pub(super) fn pair(&self, paired: PairedAs) {
+        self.progress().paired = Some(paired);
+        self.wake.notify_one();
+    }
+
+    /// Who accepted us, if anybody did.
+    pub(super) fn paired(&self) -> Option<PairedAs> {
+        self.progress().paired.clone()
+    }
+
+    /// Nothing more goes to the wire: whatever the client still wants to say was not made durable.
+    pub(super) fn seal(&self) {
+        self.sealed.store(true, Ordering::Release);
+    }
+
+    /// Called by the transport before every write.
+    ///
+    /// # Errors
+    /// When the session is sealed, or the credentials of a pairing did not reach the disk.
+    pub(super) async fn before_write(&self) -> Result<(), &'static str> {
+        if self.sealed.load(Ordering::Acquire) {
+            return Err("the session is sealed");
+        }
+        if self.is_answering_pairing() {
+            let persistence = self.persistence.get().and_then(Weak::upgrade);
+            let flushed = match persistence {
+                Some(persistence) => persistence.flush().await.is_ok(),
+                None => false,
+            };
+            if !flushed {
+                return Err("the credentials are not durable");
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues an event from a synchronous handler. A full queue drops it: the outbox resends what was never
+    /// acknowledged, and a receipt costs one rung of the ladder.
+    pub(super) fn tell(&self, event: SessionEvent) {
+        self.push(Queued::Event(event));
+    }
+
+    /// Queues an entry from a synchronous handler; see [`Self::tell`].
+    pub(super) fn push(&self, entry: Queued) {
+        if self.queue.try_send(entry).is_err() {
+            let dropped = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+            if dropped.is_power_of_two() {
+                tracing::warn!(dropped, "session event dropped: the number does not keep up");
+            }
+        }
+    }
+
+    /// Queues an event and waits for room. False: the session is over.
+    pub(super) async fn deliver(&self, event: SessionEvent) -> bool {
+        self.queue.send(Queued::Event(event)).await.is_ok()
+    }
+
+    /// Whether nobody takes events any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.queue.is_closed()
+    }
+
+    /// Queues a message that came outside the durability hook.
+    pub(super) fn push_late(&self, message: LateMessage) {
+        if self.late.try_send(message).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Events dropped so far.
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn signals() -> (Arc<Signals>, mpsc::Receiver<Queued>) {
+        let (queue, entries) = mpsc::channel(4);
+        let (late, _) = mpsc::channel(1);
+        (Signals::new(None, queue, late), entries)
+    }
+
+    #[tokio::test]
+    async fn a_more_certain_reason_wins_and_the_first_of_equals() {
+        let (signals, _entries) = signals();
+        signals.note(Certainty::Maybe, CloseReason::Refused { code: 777 });
+        signals.note(Certainty::Ending, CloseReason::ConnectionLost);
+        signals.note(Certainty::Ending, CloseReason::Recycled);
+        assert_eq!(signals.ending(Certainty::Maybe), Some(CloseReason::ConnectionLost));
+        assert_eq!(signals.ending(Certainty::EndNow), None);
+        signals.end(CloseReason::StoreFailed);
+        signals.end(CloseReason::Crashed);
+        assert_eq!(signals.ending(Certainty::EndNow), Some(CloseReason::StoreFailed));
+        signals.next_connection();
+        assert_eq!(signals.ending(Certainty::EndNow), Some(CloseReason::StoreFailed));
+    }
+
+    #[tokio::test]
+    async fn an_answer_takes_back_a_mere_suspicion() {
+        let (signals, _entries) = signals();
+        signals.note(Certainty::Maybe, CloseReason::Refused { code: 777 });
+        signals.answered();
+        assert_eq!(signals.ending(Certainty::Maybe), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn alive_is_told_once_online_and_not_on_every_answer() {
+        let (signals, mut entries) = signals();
+        signals.answered();
+        signals.go_online();
+        signals.go_online();
+        signals.answered();
+        signals.answered();
+        tokio::time::advance(ALIVE_EVERY).await;
+        signals.answered();
+        let mut told = Vec::new();
+        while let Ok(Queued::Event(event)) = entries.try_recv() {
+            told.push(format!("{event:?}"));
+        }
+        assert_eq!(told, ["Online", "Alive", "Alive"]);
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_drops_and_counts() {
+        let (signals, mut entries) = signals();
+        for _ in 0..6 {
+            signals.tell(SessionEvent::Alive);
+        }
+        assert_eq!(signals.dropped(), 2);
+        entries.close();
+        while entries.recv().await.is_some() {}
+        assert!(!signals.deliver(SessionEvent::Alive).await);
+    }
+}
