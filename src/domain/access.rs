@@ -72,12 +72,7 @@ pub fn mint(kind: KeyKind, random: &[u8; RANDOM_BYTES]) -> MintedKey {
     let secret = base62(for_secret, SECRET_CHARS);
     let mut text = format!("{PREFIX}_{}_{id}_{secret}", kind.mark());
     text.push_str(&checksum(&text));
-    MintedKey {
-        last4: text[text.len() - 4..].to_owned(),
-        secret_hash: hash(&secret),
-        id,
-        text,
-    }
+    MintedKey { last4: text[text.len() - 4..].to_owned(), secret_hash: hash(&secret), id, text }
 }
 
 /// A key somebody presented: well-formed and free of typos, nothing more.
@@ -120,11 +115,7 @@ impl PresentedKey {
         let kind = KeyKind::ALL.into_iter().find(|kind| kind.mark() == mark);
         let shaped = is_base62(id, ID_CHARS) && is_base62(secret, SECRET_CHARS);
         match kind {
-            Some(kind) if shaped => Ok(Self {
-                kind,
-                id: id.to_owned(),
-                secret: secret.to_owned(),
-            }),
+            Some(kind) if shaped => Ok(Self { kind, id: id.to_owned(), secret: secret.to_owned() }),
             _ => Err(MalformedKey),
         }
     }
@@ -228,10 +219,7 @@ fn base62(bytes: &[u8], chars: usize) -> String {
         }
         *digit = ALPHABET[remainder as usize];
     }
-    debug_assert!(
-        value.iter().all(|byte| *byte == 0),
-        "more bits than {chars} digits hold"
-    );
+    debug_assert!(value.iter().all(|byte| *byte == 0), "more bits than {chars} digits hold");
     digits.into_iter().map(char::from).collect()
 }
 
@@ -241,10 +229,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn stored(key: &MintedKey, expires_at: Option<Timestamp>) -> Option<StoredKey<'_>> {
-        Some(StoredKey {
-            secret_hash: &key.secret_hash,
-            expires_at,
-        })
+        Some(StoredKey { secret_hash: &key.secret_hash, expires_at })
     }
 
     #[test]
@@ -259,15 +244,7 @@ mod tests {
     #[test]
     fn what_was_never_minted_is_malformed() {
         let key = mint(KeyKind::Tenant, &[7; RANDOM_BYTES]).text;
-        for text in [
-            "",
-            "ps_tn",
-            "ps_tn_abc_def",
-            "é",
-            &key[1..],
-            &key.replace("tn", "xx"),
-            &format!("{key} "),
-        ] {
+        for text in ["", "ps_tn", "ps_tn_abc_def", "é", &key[1..], &key.replace("tn", "xx"), &format!("{key} ")] {
             assert_eq!(PresentedKey::parse(text).map(drop), Err(MalformedKey), "{text}");
         }
     }
@@ -295,10 +272,7 @@ mod tests {
         assert!(own.sees_number(number, mine));
         assert!(!own.sees_number(NumberId(11), mine));
         assert!(!Caller::Tenant(other).sees_number(number, mine));
-        assert!(
-            !Caller::Operator.sees_number(number, mine),
-            "the operator reads no messages"
-        );
+        assert!(!Caller::Operator.sees_number(number, mine), "the operator reads no messages");
     }
 
     proptest! {

@@ -79,10 +79,9 @@ pub fn verdict(answer: Answer, attempt: u32, jitter: f64) -> Verdict {
     let (attempts_max, at_least) = match answer {
         Answer::Status { code: 200..=299, .. } => return Verdict::Delivered,
         Answer::Status { code: 410, .. } => return Verdict::Disable,
-        Answer::Status {
-            code: 408 | 425 | 429 | 500..=599,
-            retry_after,
-        } => (SCHEDULE.len(), retry_after.unwrap_or_default()),
+        Answer::Status { code: 408 | 425 | 429 | 500..=599, retry_after } => {
+            (SCHEDULE.len(), retry_after.unwrap_or_default())
+        }
         Answer::Silence => (SCHEDULE.len(), Duration::ZERO),
         // A name that resolves to a forbidden address may be a mistake being repaired: the short part is enough.
         Answer::Status { .. } | Answer::Refused => (SHORT_ATTEMPTS as usize, Duration::ZERO),
@@ -114,10 +113,7 @@ mod tests {
     const EVEN: f64 = 0.5;
 
     fn status(code: u16) -> Answer {
-        Answer::Status {
-            code,
-            retry_after: None,
-        }
+        Answer::Status { code, retry_after: None }
     }
 
     #[test]
@@ -162,21 +158,10 @@ mod tests {
 
     #[test]
     fn retry_after_lengthens_and_never_shortens() {
-        let asking = |seconds| Answer::Status {
-            code: 503,
-            retry_after: Some(Duration::from_secs(seconds)),
-        };
-        for (asked, attempt, expected) in [
-            (60, 1, 60),
-            (1, 1, 5),
-            (86_400, 1, 3_600),
-            (60, 2, 300),
-            (86_400, 4, 7_200),
-        ] {
-            assert_eq!(
-                verdict(asking(asked), attempt, EVEN),
-                Verdict::Retry(Duration::from_secs(expected))
-            );
+        let asking = |seconds| Answer::Status { code: 503, retry_after: Some(Duration::from_secs(seconds)) };
+        for (asked, attempt, expected) in [(60, 1, 60), (1, 1, 5), (86_400, 1, 3_600), (60, 2, 300), (86_400, 4, 7_200)]
+        {
+            assert_eq!(verdict(asking(asked), attempt, EVEN), Verdict::Retry(Duration::from_secs(expected)));
         }
     }
 

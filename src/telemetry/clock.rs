@@ -24,9 +24,7 @@ impl SystemClock {
     /// A clock whose monotonic time starts now.
     #[must_use]
     pub fn new() -> Self {
-        Self {
-            started: Instant::now(),
-        }
+        Self { started: Instant::now() }
     }
 }
 
@@ -59,10 +57,7 @@ impl ManualClock {
     /// A clock that shows `now`.
     #[must_use]
     pub fn at(now: Timestamp) -> Self {
-        Self {
-            wall_millis: AtomicU64::new(now.0),
-            monotonic_millis: AtomicU64::new(0),
-        }
+        Self { wall_millis: AtomicU64::new(now.0), monotonic_millis: AtomicU64::new(0) }
     }
 
     /// Lets `by` pass.

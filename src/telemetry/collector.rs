@@ -34,78 +34,41 @@ const fn family(
 }
 
 const FAMILIES: [Family; 14] = [
-    family("up", "gauge", "Whether sends are possible now", |stats, _| {
-        Value::Integer(stats.is_up().into())
+    family("up", "gauge", "Whether sends are possible now", |stats, _| Value::Integer(stats.is_up().into())),
+    family("desired_up", "gauge", "Whether the owner wants it connected", |stats, _| {
+        Value::Integer(stats.is_desired_up().into())
     }),
-    family(
-        "desired_up",
-        "gauge",
-        "Whether the owner wants it connected",
-        |stats, _| Value::Integer(stats.is_desired_up().into()),
-    ),
-    family(
-        "state",
-        "gauge",
-        "State as the number of NumberState in the API",
-        |stats, _| Value::Integer(stats.state_code().into()),
-    ),
-    family("restarts_total", "counter", "Crashes of its actor", |stats, _| {
-        Value::Integer(stats.restarts.value())
+    family("state", "gauge", "State as the number of NumberState in the API", |stats, _| {
+        Value::Integer(stats.state_code().into())
     }),
-    family(
-        "reconnects_total",
-        "counter",
-        "Connections opened after the first",
-        |stats, _| Value::Integer(stats.reconnects.value()),
-    ),
-    family(
-        "messages_sent_total",
-        "counter",
-        "Messages WhatsApp acknowledged",
-        |stats, _| Value::Integer(stats.sent.value()),
-    ),
-    family(
-        "messages_received_total",
-        "counter",
-        "Messages received and made durable",
-        |stats, _| Value::Integer(stats.received.value()),
-    ),
-    family(
-        "messages_failed_total",
-        "counter",
-        "Messages that will never be sent",
-        |stats, _| Value::Integer(stats.failed.value()),
-    ),
-    family(
-        "outbox_depth",
-        "gauge",
-        "Accepted messages not yet acknowledged",
-        |stats, _| Value::Integer(stats.outbox.depth()),
-    ),
-    family(
-        "outbox_oldest_age_seconds",
-        "gauge",
-        "Age of the oldest of them",
-        |stats, now| Value::Seconds(stats.outbox.oldest_age(now)),
-    ),
-    family(
-        "webhook_queue_depth",
-        "gauge",
-        "Deliveries that wait for an endpoint",
-        |stats, _| Value::Integer(stats.webhooks.depth()),
-    ),
-    family(
-        "webhook_oldest_age_seconds",
-        "gauge",
-        "Age of the oldest of them",
-        |stats, now| Value::Seconds(stats.webhooks.oldest_age(now)),
-    ),
-    family(
-        "send_budget_remaining",
-        "gauge",
-        "Sends that would go out at once",
-        |stats, _| Value::Integer(stats.send_budget_remaining()),
-    ),
+    family("restarts_total", "counter", "Crashes of its actor", |stats, _| Value::Integer(stats.restarts.value())),
+    family("reconnects_total", "counter", "Connections opened after the first", |stats, _| {
+        Value::Integer(stats.reconnects.value())
+    }),
+    family("messages_sent_total", "counter", "Messages WhatsApp acknowledged", |stats, _| {
+        Value::Integer(stats.sent.value())
+    }),
+    family("messages_received_total", "counter", "Messages received and made durable", |stats, _| {
+        Value::Integer(stats.received.value())
+    }),
+    family("messages_failed_total", "counter", "Messages that will never be sent", |stats, _| {
+        Value::Integer(stats.failed.value())
+    }),
+    family("outbox_depth", "gauge", "Accepted messages not yet acknowledged", |stats, _| {
+        Value::Integer(stats.outbox.depth())
+    }),
+    family("outbox_oldest_age_seconds", "gauge", "Age of the oldest of them", |stats, now| {
+        Value::Seconds(stats.outbox.oldest_age(now))
+    }),
+    family("webhook_queue_depth", "gauge", "Deliveries that wait for an endpoint", |stats, _| {
+        Value::Integer(stats.webhooks.depth())
+    }),
+    family("webhook_oldest_age_seconds", "gauge", "Age of the oldest of them", |stats, now| {
+        Value::Seconds(stats.webhooks.oldest_age(now))
+    }),
+    family("send_budget_remaining", "gauge", "Sends that would go out at once", |stats, _| {
+        Value::Integer(stats.send_budget_remaining())
+    }),
     family(
         "last_activity_timestamp_seconds",
         "gauge",
@@ -196,9 +159,8 @@ mod tests {
 
     #[test]
     fn each_family_is_announced_once_and_its_lines_stand_together() {
-        let numbers: Vec<_> = (0..3)
-            .map(|index| (labels(NumberId(index), TenantId(9)), NumberStats::default()))
-            .collect();
+        let numbers: Vec<_> =
+            (0..3).map(|index| (labels(NumberId(index), TenantId(9)), NumberStats::default())).collect();
         let text = rendered(&numbers, Timestamp(1_000));
         let mut seen = Vec::new();
         for line in text.lines() {

@@ -57,9 +57,7 @@ pub fn init(format: Format, level: &str) -> Result<(), LogError> {
     let writer = || Redacted(io::stderr());
     let registry = tracing_subscriber::registry().with(filter);
     let installed = match format {
-        Format::Text => registry
-            .with(tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false))
-            .try_init(),
+        Format::Text => registry.with(tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false)).try_init(),
         Format::Json => registry
             .with(
                 tracing_subscriber::fmt::layer()
@@ -83,17 +81,12 @@ pub fn check_level(level: &str) -> Result<(), LogError> {
 }
 
 fn filter(level: &str) -> Result<EnvFilter, LogError> {
-    let wrong = |reason: String| LogError::Filter {
-        level: level.to_owned(),
-        reason,
-    };
+    let wrong = |reason: String| LogError::Filter { level: level.to_owned(), reason };
     if level.trim().is_empty() {
         return Err(wrong("it is empty".to_owned()));
     }
     let all = format!("{},{level}", QUIET.join(","));
-    EnvFilter::builder()
-        .parse(&all)
-        .map_err(|error| wrong(error.to_string()))
+    EnvFilter::builder().parse(&all).map_err(|error| wrong(error.to_string()))
 }
 
 #[cfg(test)]

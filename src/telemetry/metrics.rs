@@ -33,9 +33,8 @@ const VOLUMES_FAILED: &str = "switchboard_volumes_failed";
 const BUILD_INFO: &str = "switchboard_build_info";
 
 /// From a cached answer to a stalled disk, in seconds.
-const BUCKETS_SECONDS: [f64; 16] = [
-    0.0005, 0.001, 0.0025, 0.005, 0.010, 0.015, 0.025, 0.050, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0,
-];
+const BUCKETS_SECONDS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.010, 0.015, 0.025, 0.050, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
 static INSTALLING: Mutex<()> = Mutex::new(());
@@ -60,9 +59,7 @@ impl Exposition {
         if let Some(handle) = HANDLE.get() {
             return Ok(Self(handle.clone()));
         }
-        let handle = PrometheusBuilder::new()
-            .set_buckets(&BUCKETS_SECONDS)?
-            .install_recorder()?;
+        let handle = PrometheusBuilder::new().set_buckets(&BUCKETS_SECONDS)?.install_recorder()?;
         describe();
         let version = env!("CARGO_PKG_VERSION");
         let sandbox = if cfg!(feature = "sandbox") { "true" } else { "false" };
@@ -86,10 +83,7 @@ impl Exposition {
 fn describe() {
     describe_histogram!(ACCEPT_SECONDS, "From a send's arrival to its durable acceptance");
     describe_histogram!(ACK_SECONDS, "From a send's acceptance to WhatsApp's ack");
-    describe_histogram!(
-        INBOUND_DURABLE_SECONDS,
-        "From a message's decryption to its place on disk"
-    );
+    describe_histogram!(INBOUND_DURABLE_SECONDS, "From a message's decryption to its place on disk");
     describe_histogram!(WEBHOOK_DELIVERY_SECONDS, "One webhook attempt, connection included");
     describe_counter!(WEBHOOK_ATTEMPTS_TOTAL, "Webhook attempts by outcome");
     describe_counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "Deliveries given up");
@@ -107,10 +101,7 @@ fn describe() {
     describe_gauge!(COMMITTER_QUEUED, "Units waiting for a committer, by volume");
     describe_counter!(COMMITTER_GROUPS_TOTAL, "Groups written, by volume");
     describe_counter!(COMMITTER_UNITS_TOTAL, "Units written, by volume");
-    describe_gauge!(
-        COMMITTER_SYNC_SECONDS,
-        "Time spent in flush and fdatasync since the start, by volume"
-    );
+    describe_gauge!(COMMITTER_SYNC_SECONDS, "Time spent in flush and fdatasync since the start, by volume");
     describe_gauge!(VOLUMES_FAILED, "Volumes that failed or did not open");
     describe_gauge!(BUILD_INFO, "Always 1; the labels say which build this is");
 }
@@ -275,15 +266,7 @@ mod tests {
         inbound_durable(Duration::from_millis(4));
         webhook_attempt("delivered", Duration::from_millis(20));
         api_request(Protocol::Grpc, "SendMessage", "OK", Duration::from_millis(2));
-        committer(
-            "volume-00",
-            CommitterFigures {
-                queued: 1,
-                groups: 2,
-                units: 3,
-                sync: Duration::from_millis(1_500),
-            },
-        );
+        committer("volume-00", CommitterFigures { queued: 1, groups: 2, units: 3, sync: Duration::from_millis(1_500) });
         exposition.upkeep();
         let text = Exposition::install().unwrap().render();
         assert!(!text.contains(" summary"), "a summary: {text}");

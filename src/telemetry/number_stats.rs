@@ -76,8 +76,7 @@ impl Queue {
     /// What it holds now, and since when its oldest entry waits.
     pub fn set(&self, depth: u64, oldest: Option<Timestamp>) {
         self.depth.store(depth, Ordering::Relaxed);
-        self.oldest
-            .store(oldest.map_or(0, |oldest| oldest.0), Ordering::Relaxed);
+        self.oldest.store(oldest.map_or(0, |oldest| oldest.0), Ordering::Relaxed);
     }
 
     /// How many entries wait.

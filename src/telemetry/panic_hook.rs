@@ -23,9 +23,7 @@ pub fn install(clock: Arc<dyn Clock>) {
             if !budget.take(minute) {
                 return;
             }
-            let (file, line) = info
-                .location()
-                .map_or(("unknown", 0), |place| (place.file(), place.line()));
+            let (file, line) = info.location().map_or(("unknown", 0), |place| (place.file(), place.line()));
             let thread = std::thread::current();
             tracing::error!(file, line, thread = thread.name().unwrap_or("unnamed"), "panic");
         }));
@@ -43,9 +41,7 @@ impl LineBudget {
             let spent = if known_minute == minute { spent } else { 0 };
             (spent < LINES_PER_MINUTE).then_some((minute << LINE_BITS) | (spent + 1))
         };
-        self.0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, update)
-            .is_ok()
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).is_ok()
     }
 }
 

@@ -51,9 +51,7 @@ fn is_address(line: &[u8], start: usize, end: usize) -> bool {
     if start > 0 && line[start - 1] == b'+' {
         return true;
     }
-    let behind = line[end..]
-        .iter()
-        .position(|byte| !(byte.is_ascii_digit() || matches!(byte, b':' | b'.' | b'_')));
+    let behind = line[end..].iter().position(|byte| !(byte.is_ascii_digit() || matches!(byte, b':' | b'.' | b'_')));
     behind.is_some_and(|offset| line[end + offset] == b'@')
 }
 
@@ -70,10 +68,7 @@ mod tests {
     #[test]
     fn addresses_and_phone_numbers_are_masked_and_nothing_else() {
         check("from 5511999990001@s.whatsapp.net", "from ***********01@s.whatsapp.net");
-        check(
-            "to 5511999990001:12@s.whatsapp.net",
-            "to ***********01:12@s.whatsapp.net",
-        );
+        check("to 5511999990001:12@s.whatsapp.net", "to ***********01:12@s.whatsapp.net");
         check("lid 123456789012345.1:3@lid done", "lid *************45.1:3@lid done");
         check("call +4915112345678 now", "call +***********78 now");
         check(

@@ -69,10 +69,7 @@ mod tests {
     #[test]
     fn a_seed_repeats_and_the_system_does_not() {
         assert_eq!(Random::seeded(7).bytes::<16>(), Random::seeded(7).bytes::<16>());
-        assert_ne!(
-            Random::from_system().unwrap().bytes::<16>(),
-            Random::from_system().unwrap().bytes::<16>()
-        );
+        assert_ne!(Random::from_system().unwrap().bytes::<16>(), Random::from_system().unwrap().bytes::<16>());
         let random = Random::seeded(1);
         assert!((0..1_000).all(|_| (0.0..1.0).contains(&random.share())));
     }

@@ -38,10 +38,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self {
-            policy: Policy::PublicOnly,
-            timeout: Duration::from_secs(15),
-        }
+        Self { policy: Policy::PublicOnly, timeout: Duration::from_secs(15) }
     }
 }
 
@@ -103,10 +100,7 @@ impl WebhookClient {
             .user_agent(concat!("Switchboard/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|error| BuildError(error.to_string()))?;
-        Ok(Self {
-            http,
-            policy: config.policy,
-        })
+        Ok(Self { http, policy: config.policy })
     }
 
     /// Makes one attempt. Never fails: whatever happens is in the report.
@@ -116,11 +110,7 @@ impl WebhookClient {
             Ok(response) => read(response).await,
             Err(failure) => failure.describe(),
         };
-        Report {
-            answer,
-            elapsed: begun.elapsed(),
-            excerpt,
-        }
+        Report { answer, elapsed: begun.elapsed(), excerpt }
     }
 
     async fn attempt(&self, delivery: Delivery<'_>) -> Result<reqwest::Response, Failure> {
@@ -186,10 +176,7 @@ fn causes<'a>(
 }
 
 async fn read(mut response: reqwest::Response) -> (Answer, String) {
-    let answer = Answer::Status {
-        code: response.status().as_u16(),
-        retry_after: retry_after(response.headers()),
-    };
+    let answer = Answer::Status { code: response.status().as_u16(), retry_after: retry_after(response.headers()) };
     let mut excerpt = Vec::new();
     let mut read_bytes = 0;
     // The status decides; a body that breaks off changes nothing.
@@ -247,10 +234,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
 
-    const EVENT: EventId = EventId {
-        number: NumberId(1),
-        seq: EventSeq(2),
-    };
+    const EVENT: EventId = EventId { number: NumberId(1), seq: EventSeq(2) };
 
     fn client(policy: Policy) -> WebhookClient {
         let timeout = Duration::from_secs(2);
@@ -259,13 +243,8 @@ mod tests {
 
     async fn deliver(client: &WebhookClient, url: &str) -> Report {
         let secrets = [Secret::mint(&[1; signature::SECRET_BYTES])];
-        let delivery = Delivery {
-            url,
-            secrets: &secrets,
-            event: EVENT,
-            body: b"{}".to_vec(),
-            now: Timestamp(1_614_265_330_000),
-        };
+        let delivery =
+            Delivery { url, secrets: &secrets, event: EVENT, body: b"{}".to_vec(), now: Timestamp(1_614_265_330_000) };
         client.deliver(delivery).await
     }
 
@@ -294,16 +273,11 @@ mod tests {
         let (url, served) = receiver(response.to_owned()).await;
         let client = client(Policy::AllowPrivate);
         let (report, request) = tokio::join!(deliver(&client, &url), served);
-        let expected = Answer::Status {
-            code: 503,
-            retry_after: Some(Duration::from_secs(120)),
-        };
+        let expected = Answer::Status { code: 503, retry_after: Some(Duration::from_secs(120)) };
         assert_eq!((report.answer, report.excerpt.as_str()), (expected, "busy"));
-        for header in [
-            "webhook-id: evt_00000000000010000000000002",
-            "webhook-timestamp: 1614265330",
-            "webhook-signature: v1,",
-        ] {
+        for header in
+            ["webhook-id: evt_00000000000010000000000002", "webhook-timestamp: 1614265330", "webhook-signature: v1,"]
+        {
             assert!(request.contains(header), "{header} not in {request}");
         }
     }

@@ -69,10 +69,7 @@ pub fn check_url(text: &str, policy: Policy) -> Result<Url, Refusal> {
 
 fn check_name(name: &str, policy: Policy) -> Result<(), Refusal> {
     let name = name.trim_end_matches('.');
-    let local = name == "localhost"
-        || [".localhost", ".local", ".internal"]
-            .iter()
-            .any(|end| name.ends_with(end));
+    let local = name == "localhost" || [".localhost", ".local", ".internal"].iter().any(|end| name.ends_with(end));
     match policy {
         Policy::PublicOnly if local || name.is_empty() => Err(Refusal::NotPublic),
         _ => Ok(()),
@@ -88,11 +85,7 @@ pub fn check_address(address: IpAddr, policy: Policy) -> Result<(), Refusal> {
         IpAddr::V4(address) => is_public_v4(address),
         IpAddr::V6(address) => is_public_v6(address),
     };
-    if public || policy == Policy::AllowPrivate {
-        Ok(())
-    } else {
-        Err(Refusal::NotPublic)
-    }
+    if public || policy == Policy::AllowPrivate { Ok(()) } else { Err(Refusal::NotPublic) }
 }
 
 const fn v4(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Ipv4Net {
@@ -190,11 +183,7 @@ mod tests {
             "printer.local",
         ] {
             let url = format!("https://{host}/hook");
-            assert_eq!(
-                check_url(&url, Policy::PublicOnly).map(drop),
-                Err(Refusal::NotPublic),
-                "{url}"
-            );
+            assert_eq!(check_url(&url, Policy::PublicOnly).map(drop), Err(Refusal::NotPublic), "{url}");
             assert!(check_url(&url, Policy::AllowPrivate).is_ok(), "{url}");
         }
     }

@@ -97,14 +97,8 @@ pub fn body(event: &Event, own: &Phone) -> Result<Vec<u8>, serde_json::Error> {
 }
 
 fn facts<'a>(event: &'a Event, own: &Phone) -> Facts<'a> {
-    let of_number = |state, reason, reconnecting| {
-        Facts::Number(NumberFacts {
-            number: own.e164(),
-            state,
-            reason,
-            reconnecting,
-        })
-    };
+    let of_number =
+        |state, reason, reconnecting| Facts::Number(NumberFacts { number: own.e164(), state, reason, reconnecting });
     match &event.body {
         EventBody::Outbound(body) => Facts::Outbound(outbound(body)),
         EventBody::Received(body) => Facts::Received(received(body, own)),
@@ -159,14 +153,7 @@ mod tests {
     const NUMBER: NumberId = NumberId(1);
 
     fn check(body: EventBody, expected: Value) {
-        let event = Event {
-            id: EventId {
-                number: NUMBER,
-                seq: EventSeq(42),
-            },
-            at: Timestamp(1_763_819_999_042),
-            body,
-        };
+        let event = Event { id: EventId { number: NUMBER, seq: EventSeq(42) }, at: Timestamp(1_763_819_999_042), body };
         let own = Phone::parse("+5511900000001").unwrap();
         let bytes = super::body(&event, &own).unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&bytes).unwrap(), expected);
@@ -177,10 +164,7 @@ mod tests {
     }
 
     fn message() -> MessageId {
-        MessageId {
-            number: NUMBER,
-            seq: MessageSeq(7),
-        }
+        MessageId { number: NUMBER, seq: MessageSeq(7) }
     }
 
     #[test]
@@ -246,10 +230,7 @@ mod tests {
     #[test]
     fn a_number_that_went() {
         check(
-            EventBody::NumberDisconnected {
-                reason: "CONNECTION_LOST".to_owned(),
-                reconnecting: true,
-            },
+            EventBody::NumberDisconnected { reason: "CONNECTION_LOST".to_owned(), reconnecting: true },
             json!({"event": "number.disconnected", "data": {
                 "id": "evt_0000000000001000000000001a",
                 "sequence": 42,

@@ -73,9 +73,7 @@ impl Secret {
 /// The value of [`SIGNATURE_HEADER`]: one signature for each secret.
 #[must_use]
 pub fn signatures(secrets: &[Secret], id: &str, timestamp_seconds: u64, body: &[u8]) -> String {
-    let all = secrets
-        .iter()
-        .filter_map(|secret| secret.sign(id, timestamp_seconds, body));
+    let all = secrets.iter().filter_map(|secret| secret.sign(id, timestamp_seconds, body));
     all.collect::<Vec<_>>().join(" ")
 }
 
@@ -110,13 +108,7 @@ mod tests {
         let secret = Secret::mint(&[5; SECRET_BYTES]);
         assert_eq!(Secret::parse(&secret.reveal()), Ok(secret.clone()));
         assert_eq!(format!("{secret:?}"), "Secret");
-        for text in [
-            "",
-            "whsec_",
-            "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
-            "whsec_c2hvcnQ=",
-            "whsec_!!!",
-        ] {
+        for text in ["", "whsec_", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "whsec_c2hvcnQ=", "whsec_!!!"] {
             assert_eq!(Secret::parse(text), Err(InvalidSecret), "{text}");
         }
     }
