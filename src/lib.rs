@@ -3,6 +3,7 @@
 pub mod api;
 pub mod config;
 pub mod domain;
+pub mod number;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 pub mod session;

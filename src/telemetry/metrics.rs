@@ -24,6 +24,7 @@ const CONNECTIONS_CLOSED_TOTAL: &str = "switchboard_connections_closed_total";
 const RESTARTS_TOTAL: &str = "switchboard_restarts_total";
 const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
 const SLOT_TIMEOUTS_TOTAL: &str = "switchboard_slot_timeouts_total";
+const RESENT_TOTAL: &str = "switchboard_messages_resent_total";
 const PANICS_TOTAL: &str = "switchboard_panics_total";
 const COMMITTER_QUEUED: &str = "switchboard_committer_queued";
 const COMMITTER_GROUPS_TOTAL: &str = "switchboard_committer_groups_total";
@@ -97,6 +98,7 @@ fn describe() {
     describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
     describe_counter!(QUARANTINES_TOTAL, "Numbers that crashed too often");
     describe_counter!(SLOT_TIMEOUTS_TOTAL, "Numbers whose old socket did not go away in time");
+    describe_counter!(RESENT_TOTAL, "Messages put on the wire again under the same id");
     describe_counter!(PANICS_TOTAL, "Panics in any thread");
     describe_gauge!(COMMITTER_QUEUED, "Units waiting for a committer, by volume");
     describe_counter!(COMMITTER_GROUPS_TOTAL, "Groups written, by volume");
@@ -216,6 +218,11 @@ pub fn restarted(cause: RestartCause) {
 /// A number crashed too often.
 pub fn quarantined() {
     counter!(QUARANTINES_TOTAL).increment(1);
+}
+
+/// A message went over the wire again under the same id.
+pub fn resent() {
+    counter!(RESENT_TOTAL).increment(1);
 }
 
 /// A number's old socket did not go away in time.
