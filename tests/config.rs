@@ -1,5 +1,7 @@
 //! The configuration as an operator meets it: what wins, and what is said about mistakes.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
+
 use std::path::PathBuf;
 use std::time::Duration;
 
