@@ -1,6 +1,7 @@
 //! Switchboard keeps whole fleets of WhatsApp numbers connected.
 
 pub mod api;
+pub mod config;
 pub mod domain;
 pub mod number;
 #[cfg(feature = "sandbox")]

@@ -1,1 +1,3 @@
+//! The `switchboard` binary: arguments, configuration, telemetry, one command.
+
 fn main() {}

@@ -106,7 +106,9 @@ mod tests {
     fn jitter_spreads_over_the_whole_range() {
         let random = Random::seeded(2);
         let mut backoff = Backoff::connection();
-        (0..20).for_each(|_| drop(backoff.next_delay(&random)));
+        for _ in 0..20 {
+            let _ = backoff.next_delay(&random);
+        }
         let delays: Vec<_> = (0..1_000).map(|_| backoff.next_delay(&random)).collect();
         let below_half = delays.iter().filter(|delay| **delay < CONNECTION.last_ceiling / 2).count();
         assert!((400..600).contains(&below_half), "{below_half} of 1000");
@@ -116,7 +118,9 @@ mod tests {
     fn reset_starts_over() {
         let random = Random::seeded(3);
         let mut backoff = Backoff::restart();
-        (0..20).for_each(|_| drop(backoff.next_delay(&random)));
+        for _ in 0..20 {
+            let _ = backoff.next_delay(&random);
+        }
         backoff.reset();
         assert!(backoff.next_delay(&random) <= RESTART.first_ceiling);
     }
