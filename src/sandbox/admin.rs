@@ -125,9 +125,7 @@ async fn kick(State(world): Shared, Query(query): Query<Kick>) -> Answer {
         }
     }
     if query.unlink || query.code == "device_removed" {
-        state
-            .companions
-            .retain(|device, _| query.device.is_some_and(|wanted| wanted != *device));
+        state.companions.retain(|device, _| query.device.is_some_and(|wanted| wanted != *device));
         account.dirty.store(true, std::sync::atomic::Ordering::Release);
     }
     Ok(axum::Json(json!({ "kicked": kicked })))
@@ -142,12 +140,7 @@ fn farewell(code: &str) -> Option<Farewell> {
         "402" | "403" | "405" | "406" => {
             let reason = code.parse().ok()?;
             let ban = reason == 402;
-            failure(&LoginFailure {
-                reason,
-                code: ban.then_some(101),
-                expire: ban.then_some(3_600),
-                count: 0,
-            })
+            failure(&LoginFailure { reason, code: ban.then_some(101), expire: ban.then_some(3_600), count: 0 })
         }
         _ => tag("stream:error").attr("code", code.parse::<u16>().ok()?).build(),
     };
@@ -233,12 +226,7 @@ struct Unlink {
 
 /// `POST /admin/mock-phone/unlink?phone=N[&device=K]` → `{"kicked": n}`; the person removes linked devices.
 async fn unlink(state: Shared, Query(query): Query<Unlink>) -> Answer {
-    let kick_out = Kick {
-        phone: query.phone,
-        code: "device_removed".to_owned(),
-        device: query.device,
-        unlink: true,
-    };
+    let kick_out = Kick { phone: query.phone, code: "device_removed".to_owned(), device: query.device, unlink: true };
     kick(state, Query(kick_out)).await
 }
 
@@ -262,14 +250,8 @@ async fn provision(State(world): Shared, Query(query): Query<Whose>) -> Result<a
     let mut state = account.state();
     let place = state.reserve(&identity)?;
     let input = device_signature_input(&place.identity, &identity);
-    let signature = device
-        .identity_key
-        .private_key
-        .calculate_signature(&input, &mut rand::rng())?;
-    let adv = ADVSignedDeviceIdentity {
-        device_signature: Some(signature.to_vec()),
-        ..place.identity
-    };
+    let signature = device.identity_key.private_key.calculate_signature(&input, &mut rand::rng())?;
+    let adv = ADVSignedDeviceIdentity { device_signature: Some(signature.to_vec()), ..place.identity };
     let companion = Companion::new(place.key_index, registration, adv.encode_to_vec(), false);
     state.companions.insert(place.device, companion);
     let address = DeviceAddress::new(phone, place.device);

@@ -89,18 +89,10 @@ async fn greet<S>(socket: WebSocketStream<S>, world: &Arc<World>, link: &Arc<Lin
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut stream = ByteStream {
-        socket,
-        frames: FrameDecoder::new(),
-    };
+    let mut stream = ByteStream { socket, frames: FrameDecoder::new() };
     let (established, by_ik) = stream.shake_hands(world).await?;
     let admission = admit(world, link, by_ik, &established).await?;
-    let mut wire = Wire {
-        stream,
-        keys: established,
-        sent: 0,
-        received: 0,
-    };
+    let mut wire = Wire { stream, keys: established, sent: 0, received: 0 };
     match admission {
         Admission::Unlinked(offer, query) => {
             wire.send(world, &[query]).await?;
@@ -163,10 +155,7 @@ fn react(world: &Arc<World>, peer: &Peer, node: &Node) -> Vec<Reaction> {
             Some("get" | "set") => query::react(world, device, node),
             _ => Vec::new(),
         },
-        "message" => message::from_device(world, device, node)
-            .map(Reaction::Reply)
-            .into_iter()
-            .collect(),
+        "message" => message::from_device(world, device, node).map(Reaction::Reply).into_iter().collect(),
         "receipt" => vec![Reaction::Reply(receipt::from_device(world, device, node))],
         "ack" => {
             if let (Some(class), Some(id)) = (attr(node, "class"), attr(node, "id")) {
@@ -232,15 +221,10 @@ fn become_active(world: &World, peer: &mut Peer) -> Option<Node> {
     if session.progress != Progress::Passive {
         return None;
     }
-    let seen = world.with_companion(&session.device, |companion| {
-        (companion.backlog.preview(), companion.backlog.end())
-    });
+    let seen =
+        world.with_companion(&session.device, |companion| (companion.backlog.preview(), companion.backlog.end()));
     let (preview, end) = seen?;
-    session.progress = Progress::Draining {
-        next: 0,
-        end,
-        written: 0,
-    };
+    session.progress = Progress::Draining { next: 0, end, written: 0 };
     if preview.count == 0 {
         return None;
     }
@@ -289,11 +273,7 @@ fn next_batch(world: &World, session: &mut Session) -> Vec<Node> {
             session.progress = Progress::Live { next: end };
             return nodes;
         }
-        Progress::Draining {
-            next: position,
-            written: before,
-            ..
-        } => {
+        Progress::Draining { next: position, written: before, .. } => {
             for (index, node) in nodes.iter_mut().enumerate() {
                 node.attrs.insert("offline", *before + index);
             }

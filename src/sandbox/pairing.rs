@@ -85,12 +85,7 @@ impl Registration {
 impl Offer {
     /// Puts new references into circulation; the query that shows them to the client.
     pub fn open(world: &Arc<World>, link: Arc<Link>, registration: Registration) -> Result<(Self, Node)> {
-        let slot = Arc::new(Slot {
-            link,
-            registration,
-            opened: Instant::now(),
-            scanned: Mutex::new(None),
-        });
+        let slot = Arc::new(Slot { link, registration, opened: Instant::now(), scanned: Mutex::new(None) });
         let references: Vec<String> = (0..REFERENCES).map(|_| fresh_id("2R")).collect();
         let mut slots = world.pairings.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if slots.len() + REFERENCES > REFERENCE_LIMIT {
@@ -102,9 +97,7 @@ impl Offer {
             until += NEXT_SHOWN;
         }
         drop(slots);
-        let shown = references
-            .iter()
-            .map(|reference| tag("ref").bytes(reference.as_bytes()).build());
+        let shown = references.iter().map(|reference| tag("ref").bytes(reference.as_bytes()).build());
         let query = tag("iq")
             .attr("from", SERVER)
             .attr("type", "set")
@@ -112,14 +105,7 @@ impl Offer {
             .attr("xmlns", "md")
             .children([tag("pair-device").children(shown).build()])
             .build();
-        Ok((
-            Self {
-                world: Arc::clone(world),
-                slot,
-                references,
-            },
-            query,
-        ))
+        Ok((Self { world: Arc::clone(world), slot, references }, query))
     }
 
     /// Takes a stanza from a client that is not linked yet.
@@ -132,19 +118,12 @@ impl Offer {
                 Ok(()) => vec![restart()],
                 Err(error) => {
                     tracing::debug!(%error, "a device could not take its place");
-                    vec![Reaction::CloseAfter {
-                        pause: Duration::ZERO,
-                        farewell: Farewell::Drop,
-                    }]
+                    vec![Reaction::CloseAfter { pause: Duration::ZERO, farewell: Farewell::Drop }]
                 }
             };
         }
         let question = attr(node, "type").is_some_and(|kind| kind == "get" || kind == "set");
-        if question {
-            vec![Reaction::Reply(stanza::result(node, []))]
-        } else {
-            Vec::new()
-        }
+        if question { vec![Reaction::Reply(stanza::result(node, []))] } else { Vec::new() }
     }
 
     fn finish(&self, signed: &Node) -> Result<()> {
@@ -160,10 +139,8 @@ impl Offer {
             return Err(SandboxError::Malformed("device signature"));
         }
         // Clients send the account key back empty; others need it to check the chain.
-        let complete = ADVSignedDeviceIdentity {
-            device_signature: accepted.device_signature,
-            ..place.identity.clone()
-        };
+        let complete =
+            ADVSignedDeviceIdentity { device_signature: accepted.device_signature, ..place.identity.clone() };
         let companion = Companion::new(place.key_index, registration, complete.encode_to_vec(), true);
         let account = self.world.require(&phone)?;
         account.state().companions.insert(place.device, companion);
@@ -174,10 +151,7 @@ impl Offer {
 
 fn restart() -> Reaction {
     let error = tag("stream:error").attr("code", RESTART).build();
-    Reaction::CloseAfter {
-        pause: PAUSE_BEFORE_RESTART,
-        farewell: Farewell::Stanza(Box::new(error)),
-    }
+    Reaction::CloseAfter { pause: PAUSE_BEFORE_RESTART, farewell: Farewell::Stanza(Box::new(error)) }
 }
 
 /// The parts of a QR code that matter to a phone.
@@ -210,18 +184,14 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
     let code = Code::parse(text).ok_or(SandboxError::Malformed("QR text"))?;
     let slot = {
         let slots = world.pairings.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let (slot, valid) = slots
-            .get(&code.reference)
-            .ok_or(SandboxError::NotFound("reference of the QR code"))?;
+        let (slot, valid) = slots.get(&code.reference).ok_or(SandboxError::NotFound("reference of the QR code"))?;
         if slot.opened.elapsed() > *valid {
             return Err(SandboxError::Conflict("the QR code has expired"));
         }
         Arc::clone(slot)
     };
     if slot.registration.noise != code.noise || slot.registration.identity != code.identity {
-        return Err(SandboxError::Conflict(
-            "the QR code shows other keys than the connection",
-        ));
+        return Err(SandboxError::Conflict("the QR code shows other keys than the connection"));
     }
     let account = world.require(phone)?;
     let mut scanned = slot.scanned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -233,13 +203,7 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
         (state.reserve(&code.identity)?, state.person.name.clone())
     };
     let device = DeviceAddress::new(phone.clone(), place.device);
-    let success = success(
-        &account.jids(place.device),
-        &place,
-        &code.secret,
-        &name,
-        hidden_addressing,
-    );
+    let success = success(&account.jids(place.device), &place, &code.secret, &name, hidden_addressing);
     *scanned = Some((phone.clone(), place));
     drop(scanned);
     if !slot.link.post(success) {
@@ -251,12 +215,8 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
 fn success(jids: &[whatsapp_rust::Jid; 2], place: &Place, secret: &[u8], name: &str, hidden_addressing: bool) -> Node {
     let details = place.identity.encode_to_vec();
     let hmac = hmac_sha256(secret, &details).to_vec();
-    let sealed = ADVSignedDeviceIdentityHMAC {
-        details: Some(details),
-        hmac: Some(hmac),
-        ..Default::default()
-    }
-    .encode_to_vec();
+    let sealed =
+        ADVSignedDeviceIdentityHMAC { details: Some(details), hmac: Some(hmac), ..Default::default() }.encode_to_vec();
     let [jid, lid] = jids;
     let mut content = vec![
         tag("device-identity").bytes(sealed).build(),
@@ -265,10 +225,7 @@ fn success(jids: &[whatsapp_rust::Jid; 2], place: &Place, secret: &[u8], name: &
         tag("platform").attr("name", "android").build(),
     ];
     if hidden_addressing {
-        let props = ClientPairingProps {
-            is_chat_db_lid_migrated: Some(true),
-            ..Default::default()
-        };
+        let props = ClientPairingProps { is_chat_db_lid_migrated: Some(true), ..Default::default() };
         content.push(tag("client-props").bytes(props.encode_to_vec()).build());
     }
     tag("iq")
@@ -291,10 +248,7 @@ mod tests {
         let bare = format!("2RAB,{key},{key},{key},1");
         for text in [bare.clone(), format!("{NATIVE_CAMERA_DEEP_LINK_PREFIX}{bare}\n")] {
             let code = Code::parse(&text).expect("a code");
-            assert_eq!(
-                (code.reference.as_str(), code.noise, code.secret.len()),
-                ("2RAB", [7; 32], 32)
-            );
+            assert_eq!((code.reference.as_str(), code.noise, code.secret.len()), ("2RAB", [7; 32], 32));
         }
         assert!(Code::parse("2RAB,notbase64").is_none());
     }

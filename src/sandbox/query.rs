@@ -86,11 +86,5 @@ fn log_out(world: &World, device: &DeviceAddress, iq: &Node) -> Vec<Reaction> {
         account.dirty.store(true, std::sync::atomic::Ordering::Release);
     }
     let farewell = Farewell::Stanza(Box::new(conflict("device_removed")));
-    vec![
-        Reaction::Reply(stanza::result(iq, [])),
-        Reaction::CloseAfter {
-            pause: Duration::ZERO,
-            farewell,
-        },
-    ]
+    vec![Reaction::Reply(stanza::result(iq, [])), Reaction::CloseAfter { pause: Duration::ZERO, farewell }]
 }

@@ -32,13 +32,7 @@ pub(super) enum Queued {
     /// Ready to be handed on.
     Event(SessionEvent),
     /// A receipt whose sender's other address is still to be looked up, which the handler cannot do.
-    Receipt {
-        whatsapp_ids: Vec<String>,
-        from: Jid,
-        also: Option<Jid>,
-        kind: ReceiptKind,
-        at: Timestamp,
-    },
+    Receipt { whatsapp_ids: Vec<String>, from: Jid, also: Option<Jid>, kind: ReceiptKind, at: Timestamp },
 }
 
 /// The account that accepted us.
@@ -137,11 +131,7 @@ impl Signals {
     /// Between the two connections of a pairing: the restart after the scan is not the end.
     pub(super) fn next_connection(&self) {
         let mut progress = self.progress();
-        if progress
-            .ending
-            .as_ref()
-            .is_some_and(|(known, _)| *known < Certainty::EndNow)
-        {
+        if progress.ending.as_ref().is_some_and(|(known, _)| *known < Certainty::EndNow) {
             progress.ending = None;
         }
         drop(progress);
@@ -169,16 +159,10 @@ impl Signals {
         let now = Instant::now();
         let mut progress = self.progress();
         progress.last_answer = Some(now);
-        if progress
-            .ending
-            .as_ref()
-            .is_some_and(|(known, _)| *known == Certainty::Maybe)
-        {
+        if progress.ending.as_ref().is_some_and(|(known, _)| *known == Certainty::Maybe) {
             progress.ending = None;
         }
-        let due = progress
-            .last_alive
-            .is_none_or(|last| now.duration_since(last) >= ALIVE_EVERY);
+        let due = progress.last_alive.is_none_or(|last| now.duration_since(last) >= ALIVE_EVERY);
         if !due || !self.is_online() {
             return;
         }
