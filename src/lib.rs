@@ -1,7 +1,11 @@
 //! Switchboard keeps whole fleets of WhatsApp numbers connected.
 
 pub mod api;
+pub mod cli;
 pub mod config;
+pub mod daemon;
+#[cfg(feature = "sandbox")]
+pub mod demo;
 pub mod domain;
 pub mod number;
 #[cfg(feature = "sandbox")]

@@ -203,11 +203,13 @@ impl Progress {
     };
 
     /// Climbs to `status` if that is higher. Returns whether anything changed; a skipped rung's time stays empty.
+    /// `at` comes from another clock, often in whole seconds: it never lies before the rung below.
     pub fn climb(&mut self, status: MessageStatus, at: Timestamp, failure: Option<FailureCode>) -> bool {
         if status.rung() <= self.status.rung() {
             return false;
         }
         self.status = status;
+        let at = [self.sent_at, self.delivered_at].into_iter().flatten().fold(at, Timestamp::max);
         let slot = match status {
             MessageStatus::Queued => return false,
             MessageStatus::Sent => &mut self.sent_at,

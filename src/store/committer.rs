@@ -228,21 +228,20 @@ impl Worker {
                 RawCheck::Absent(_) | RawCheck::Present(_) | RawCheck::Equals(..) => {}
             }
         }
+        // Looked up before anything is staged, so that a failed read leaves nothing of the unit behind.
+        let mut staged = Vec::with_capacity(ops.len());
         for op in ops {
             match op {
-                RawOp::Put(key, value) => {
-                    overlay.insert(key, Some(value));
-                }
-                RawOp::Delete(key) => {
-                    overlay.insert(key, None);
-                }
+                RawOp::Put(key, value) => staged.push((key, Some(value))),
+                RawOp::Delete(key) => staged.push((key, None)),
                 RawOp::DeletePieces(key, pieces) => {
                     if let Some(head) = self.current(&key, overlay)? {
-                        overlay.extend(pieces(&head).into_iter().map(|piece| (piece, None)));
+                        staged.extend(pieces(&head).into_iter().map(|piece| (piece, None)));
                     }
                 }
             }
         }
+        overlay.extend(staged);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use super::redaction::Redacted;
 
 /// Targets of the WhatsApp library. Losing and regaining connections is its daily bread and our own line already.
-const QUIET: [&str; 8] = [
+const QUIET: [&str; 9] = [
     "Client=error",
     "Client/Recv=error",
     "Client/Send=error",
@@ -19,6 +19,7 @@ const QUIET: [&str; 8] = [
     "wacore=error",
     "sled=warn",
     "h2=warn",
+    "ractor=warn",
 ];
 
 /// How log lines look.
