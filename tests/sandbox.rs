@@ -154,10 +154,6 @@ impl Seen {
             .unwrap_or_else(|_| panic!("waited in vain for {what}"))
     }
 
-    fn forget(&self) {
-        self.events.lock().expect("lock").clear();
-    }
-
     fn count(&self, matches: impl Fn(&Event) -> bool) -> usize {
         self.events
             .lock()
@@ -515,4 +511,282 @@ async fn a_provisioned_device_logs_in_by_ik() {
     bob.seen.text("provisioned").await;
     alice.leave(alice_run).await;
     bob.leave(bob_run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kicks_give_the_event_the_real_server_would() {
+    let sandbox = start().await;
+    type Expected = fn(&Event) -> bool;
+    let cases: [(&str, Option<Expected>); 11] = [
+        ("drop", Some(|event| matches!(event, Event::Disconnected(_)))),
+        ("503", Some(|event| matches!(event, Event::Disconnected(_)))),
+        ("429", Some(|event| matches!(event, Event::Disconnected(_)))),
+        ("515", None),
+        ("replaced", Some(|event| matches!(event, Event::StreamReplaced(_)))),
+        ("401", Some(|event| matches!(event, Event::LoggedOut(_)))),
+        ("516", Some(|event| matches!(event, Event::LoggedOut(_)))),
+        ("402", Some(|event| matches!(event, Event::TemporaryBan(_)))),
+        ("403", Some(|event| matches!(event, Event::LoggedOut(_)))),
+        ("405", Some(|event| matches!(event, Event::ClientOutdated(_)))),
+        ("device_removed", Some(|event| matches!(event, Event::LoggedOut(_)))),
+    ];
+    let terminal: Expected = |event| {
+        matches!(
+            event,
+            Event::Disconnected(_)
+                | Event::StreamReplaced(_)
+                | Event::LoggedOut(_)
+                | Event::TemporaryBan(_)
+                | Event::ClientOutdated(_)
+                | Event::ConnectFailure(_)
+        )
+    };
+    for (index, (code, expected)) in cases.into_iter().enumerate() {
+        let phone = format!("1555000{index:04}");
+        let (number, run) = Number::provisioned(&sandbox, &phone).await;
+        let answer = post(&sandbox, &format!("/admin/kick?phone={phone}&code={code}"), "").await;
+        assert_eq!(answer["kicked"], 1, "{code}");
+        Number::ended(run).await;
+        match expected {
+            Some(expected) => assert_eq!(number.seen.count(expected), 1, "{code}"),
+            None => assert_eq!(number.seen.count(terminal), 0, "{code}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_login_can_be_refused_on_order() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    alice.leave(run).await;
+    let order = format!(r#"{{"phone":"+{ALICE}","login_failure":{{"reason":402,"code":101,"expire":3600}}}}"#);
+    post(&sandbox, "/admin/fault", &order).await;
+    let banned = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    Number::ended(banned.run()).await;
+    let expire = banned.seen.until("a ban", |event| match event {
+        Event::TemporaryBan(ban) => Some(ban.expire.num_seconds()),
+        _ => None,
+    });
+    assert_eq!(expire.await, 3_600);
+    let back = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = back.run();
+    back.seen.connected().await;
+    back.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_login_replaces_the_first() {
+    let sandbox = start().await;
+    let (first, first_run) = Number::provisioned(&sandbox, ALICE).await;
+    let second = Number::new(sandbox.ws_url(), first.backend.clone()).await;
+    let second_run = second.run();
+    second.seen.connected().await;
+    first
+        .seen
+        .until("StreamReplaced", |event| {
+            matches!(event, Event::StreamReplaced(_)).then_some(())
+        })
+        .await;
+    Number::ended(first_run).await;
+    let stats = stats(&sandbox, ALICE).await;
+    assert_eq!(
+        (&stats["conflicts"], &stats["devices"]["1"]["most_at_once"]),
+        (&Value::from(1), &Value::from(2))
+    );
+    second.leave(second_run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_phone_that_lost_its_sessions_asks_again_and_shows_the_message_once() {
+    let sandbox = start().await;
+    let (alice, run) = Number::link(&sandbox, ALICE, "").await;
+    phone_sends(&sandbox, CAROL, ALICE, "hi").await;
+    alice.seen.text("hi").await;
+    alice.send(CAROL, "warm").await;
+    phone_shows(&sandbox, CAROL, "warm", "sent").await;
+    post(
+        &sandbox,
+        &format!("/admin/mock-phone/forget-sessions?phone={CAROL}"),
+        "",
+    )
+    .await;
+
+    let id = alice.send(CAROL, "can you read this").await;
+    phone_shows(&sandbox, CAROL, "can you read this", "sent").await;
+    alice.seen.receipt(&id, ReceiptType::Delivered).await;
+    let report = stats(&sandbox, ALICE).await;
+    assert!(
+        report["retry_receipts_from_phones"]
+            .as_u64()
+            .is_some_and(|asked| asked > 0),
+        "{report}"
+    );
+    no_key_was_reused(&sandbox).await;
+    alice.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_lost_its_session_asks_again_and_gets_the_message() {
+    let sandbox = start().await;
+    let (alice, run) = Number::link(&sandbox, ALICE, "").await;
+    phone_sends(&sandbox, CAROL, ALICE, "hi").await;
+    alice.seen.text("hi").await;
+    // Only after an answer does the phone stop attaching its prekey to every message.
+    alice.send(CAROL, "warm").await;
+    phone_shows(&sandbox, CAROL, "warm", "sent").await;
+    alice.leave(run).await;
+
+    let store: Arc<dyn Backend> = alice.backend.clone();
+    let hidden = switchboard::sandbox::address::PhoneNumber::parse(CAROL)
+        .expect("a number")
+        .hidden();
+    for user in [format!("{hidden}@lid"), format!("{CAROL}@c.us")] {
+        for address in [user.clone(), format!("{user}.0")] {
+            store.delete_session(&address).await.expect("deleted");
+        }
+    }
+    let back = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = back.run();
+    back.seen.connected().await;
+    phone_sends(&sandbox, CAROL, ALICE, "do you read me").await;
+    back.seen.text("do you read me").await;
+    let lost = back.seen.count(|event| matches!(event, Event::UndecryptableMessage(_)));
+    assert_eq!(lost, 1, "the first copy could not be opened");
+    let report = stats(&sandbox, ALICE).await;
+    assert_eq!(report["retry_receipts"], 1, "{report}");
+    no_key_was_reused(&sandbox).await;
+    back.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_sent_again_with_its_id_is_shown_once() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    let (bob, bob_run) = Number::provisioned(&sandbox, BOB).await;
+    post(
+        &sandbox,
+        "/admin/fault",
+        &format!(r#"{{"phone":"{ALICE}","drop_acks":1}}"#),
+    )
+    .await;
+    let id = alice.send(BOB, "once").await;
+    phone_shows(&sandbox, BOB, "once", "sent").await;
+    let options = whatsapp_rust::SendOptions::default().with_message_id(&id);
+    let message = whatsapp_rust::waproto::whatsapp::Message {
+        conversation: Some("once".into()),
+        ..Default::default()
+    };
+    alice
+        .client
+        .send_message_with_options(Jid::pn(BOB), message, options)
+        .await
+        .expect("sent");
+    assert_eq!(alice.seen.acked(&id).await, None);
+    let deadline = Instant::now() + PATIENCE;
+    while phone_shows(&sandbox, BOB, "once", "sent").await["times_received"] != 2 {
+        assert!(Instant::now() < deadline);
+    }
+    no_key_was_reused(&sandbox).await;
+    alice.leave(run).await;
+    bob.leave(bob_run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn faults_refuse_and_repeat() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    post(
+        &sandbox,
+        "/admin/fault",
+        &format!(r#"{{"phone":"{ALICE}","nack":{{"code":463}},"duplicate":1}}"#),
+    )
+    .await;
+    let id = alice.send(BOB, "refused").await;
+    assert_eq!(alice.seen.acked(&id).await.as_deref(), Some("463"));
+    assert!(shown(&sandbox, BOB).await.is_empty());
+    let id = alice.send(BOB, "accepted").await;
+    assert_eq!(alice.seen.acked(&id).await, None);
+    phone_sends(&sandbox, BOB, ALICE, "twice on the wire").await;
+    phone_sends(&sandbox, BOB, ALICE, "after it").await;
+    alice.seen.text("after it").await;
+    let seen = alice
+        .seen
+        .count(|event| texts(event).iter().any(|(text, _)| text == "twice on the wire"));
+    assert_eq!(seen, 1, "the library drops the repeated ciphertext");
+    alice.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn some_numbers_are_not_on_whatsapp() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    post(&sandbox, &format!("/admin/mock-phone/absent?phone={CAROL}"), "").await;
+    let asked = [BOB, CAROL, "99912345678"].map(Jid::pn);
+    let answers = alice.client.contacts().is_on_whatsapp(&asked).await.expect("answered");
+    let registered = |user: &str| {
+        answers
+            .iter()
+            .any(|answer| answer.jid.user == user && answer.is_registered)
+    };
+    assert!(registered(BOB), "{answers:?}");
+    assert!(!registered(CAROL) && !registered("99912345678"), "{answers:?}");
+    alice.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_sandbox_knows_everybody() {
+    let data = std::env::temp_dir().join(format!("switchboard-sandbox-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&data);
+    let sandbox = start_with(Some(data.clone())).await;
+    let root = sandbox.root_hex();
+    let (alice, run) = Number::link(&sandbox, ALICE, "").await;
+    phone_sends(&sandbox, CAROL, ALICE, "before").await;
+    alice.seen.text("before").await;
+    alice.send(CAROL, "answer").await;
+    phone_shows(&sandbox, CAROL, "answer", "sent").await;
+    alice.leave(run).await;
+    phone_sends(&sandbox, CAROL, ALICE, "while both were away").await;
+    sandbox.shutdown().await.expect("written");
+
+    let sandbox = start_with(Some(data.clone())).await;
+    assert_eq!(sandbox.root_hex(), root);
+    let back = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = back.run();
+    back.seen.text("while both were away").await;
+    back.seen.connected().await;
+    assert_eq!(stats(&sandbox, ALICE).await["logins_by_ik"], 1);
+    phone_sends(&sandbox, CAROL, ALICE, "after").await;
+    back.seen.text("after").await;
+    back.send(CAROL, "still here").await;
+    phone_shows(&sandbox, CAROL, "still here", "sent").await;
+    phone_shows(&sandbox, CAROL, "answer", "sent").await;
+    let report = stats(&sandbox, ALICE).await;
+    assert_eq!(
+        (&report["retry_receipts"], &report["retry_receipts_from_phones"]),
+        (&Value::from(0), &Value::from(0))
+    );
+    back.leave(run).await;
+    sandbox.shutdown().await.expect("written");
+    std::fs::remove_dir_all(&data).expect("removed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_server_never_connects_anybody() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    alice.leave(run).await;
+    post(
+        &sandbox,
+        "/admin/fault",
+        &format!(r#"{{"phone":"{ALICE}","mute_iq":["passive"]}}"#),
+    )
+    .await;
+    let stuck = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = stuck.run();
+    let deadline = Instant::now() + PATIENCE;
+    while stats(&sandbox, ALICE).await["logins"] != 2 {
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(stuck.seen.count(|event| matches!(event, Event::Connected(_))), 0);
+    stuck.leave(run).await;
 }

@@ -70,7 +70,13 @@ where
     let link = Arc::new(Link::default());
     let greeted = timeout(HANDSHAKE_AT_MOST, greet(socket, &world, &link)).await;
     let ended = match greeted.unwrap_or(Err(SandboxError::TimedOut)) {
-        Ok(Some((wire, peer))) => serve(wire, peer, &world, &link).await,
+        Ok(Some((mut wire, mut peer))) => {
+            let ended = serve(&mut wire, &mut peer, &world, &link).await;
+            // In this order: a device counts as connected until its socket is really closed.
+            drop(wire);
+            drop(peer);
+            ended
+        }
         Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
@@ -111,7 +117,7 @@ where
     }
 }
 
-async fn serve<S>(mut wire: Wire<S>, mut peer: Peer, world: &Arc<World>, link: &Link) -> Result<()>
+async fn serve<S>(wire: &mut Wire<S>, peer: &mut Peer, world: &Arc<World>, link: &Link) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -122,15 +128,15 @@ where
         tokio::select! {
             node = wire.next() => {
                 world.stats.stanzas_in.add(1);
-                let reactions = react(world, &peer, &node?);
-                if carry_out(&mut wire, &mut peer, world, link, reactions).await? {
+                let reactions = react(world, peer, &node?);
+                if carry_out(wire, peer, world, link, reactions).await? {
                     return Ok(());
                 }
             }
             () = link.woken() => {
                 let (posted, farewell) = link.collect();
-                send(&mut wire, &peer, world, &posted).await?;
-                if write_backlog(&mut wire, &mut peer, world).await? {
+                send(wire, peer, world, &posted).await?;
+                if write_backlog(wire, peer, world).await? {
                     link.wake();
                 }
                 if let Some(farewell) = farewell {

@@ -78,6 +78,10 @@ fn once() -> u32 {
 
 type Scope = Option<PhoneNumber>;
 
+fn covers_pings(kind: &str) -> bool {
+    kind == "w:p" || kind == "w:p:ping"
+}
+
 /// The orders in force.
 pub struct Faults {
     armed: AtomicBool,
@@ -130,12 +134,16 @@ impl Faults {
 
     /// Whether a query stays unanswered.
     pub fn mutes(&self, phone: &PhoneNumber, kind: &str) -> bool {
-        let namespace = kind.split(':').next().unwrap_or_default();
-        // Namespaces have colons of their own: w:p, w:sync:app:state.
-        let matches = |muted: &String| muted == kind || muted == namespace || kind.starts_with(&format!("{muted}:"));
+        let covers = |muted: &str| {
+            kind.strip_prefix(muted)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
+        };
         let muted = |order: &mut Order| {
-            let by_name = order.mute_iq.as_ref().is_some_and(|muted| muted.iter().any(matches));
-            let as_ping = order.mute_pings == Some(true) && kind.starts_with("w:p");
+            let by_name = order
+                .mute_iq
+                .as_ref()
+                .is_some_and(|muted| muted.iter().any(|muted| covers(muted)));
+            let as_ping = order.mute_pings == Some(true) && covers_pings(kind);
             (by_name || as_ping).then_some(())
         };
         self.ask(phone, muted).is_some()
