@@ -15,16 +15,8 @@ use whatsapp_rust::wacore_binary::Node;
 /// Media hosts are not simulated here; the name resolves nowhere on purpose.
 const MEDIA_HOST: &str = "media.sandbox.invalid";
 const MEDIA_TTL: u32 = 3_600;
-const PRIVACY_CATEGORIES: [&str; 8] = [
-    "readreceipts",
-    "profile",
-    "status",
-    "online",
-    "last",
-    "groupadd",
-    "calladd",
-    "messages",
-];
+const PRIVACY_CATEGORIES: [&str; 8] =
+    ["readreceipts", "profile", "status", "online", "last", "groupadd", "calladd", "messages"];
 const PROPS_REFRESH: u32 = 86_400;
 
 /// Takes a query.

@@ -108,10 +108,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn new(signals: Arc<Signals>) -> Arc<Self> {
-        Arc::new(Self {
-            signals,
-            durable_within: DURABLE_WITHIN,
-        })
+        Arc::new(Self { signals, durable_within: DURABLE_WITHIN })
     }
 
     /// Makes one chunk durable, offering it again until the deadline. False: it is not durable.
@@ -252,10 +249,7 @@ mod tests {
     fn inbox() -> (Arc<Inbox>, mpsc::Receiver<Queued>) {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
-        let inbox = Inbox {
-            signals: Signals::new(None, queue, late),
-            durable_within: Duration::from_secs(3),
-        };
+        let inbox = Inbox { signals: Signals::new(None, queue, late), durable_within: Duration::from_secs(3) };
         (Arc::new(inbox), entries)
     }
 
