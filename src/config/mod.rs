@@ -4,3 +4,5 @@
 pub mod error;
 mod layers;
 pub mod sections;
+
+pub use self::sections::Config;
