@@ -8,8 +8,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::api::Api;
-use crate::api::keys::ensure_operator_key;
-use crate::api::server::{PublicLimits, Served, serve_admin, serve_public};
+use crate::api::server::{self, Served};
 use crate::config::Config;
 use crate::domain::gate::GateLimits;
 use crate::domain::limiter::{Limits, Pace};
@@ -113,7 +112,7 @@ impl Daemon {
         let (dir, secret) = (config.data.dir.clone(), random.bytes());
         let opened = tokio::task::spawn_blocking(move || Store::open(&dir, secret)).await;
         let store = Arc::new(opened.map_err(part("store"))??);
-        let operator_key = ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir);
+        let operator_key = server::ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir);
         operator_key.await.map_err(part("operator key"))?;
         let version = config.whatsapp.version.map(|version| (version.primary, version.secondary, version.tertiary));
         let link = LinkConfig { url: config.whatsapp.url.to_string(), client_version: version };
@@ -133,10 +132,8 @@ impl Daemon {
         let gate_task = AbortOnDrop(tokio::task::spawn(gate.clone().run()));
         let (fleet, root_ended) = Fleet::start(environment).await.map_err(part("supervisor"))?;
         let api = Api::new(store.clone(), fleet.clone(), clock, random, policy, sessions.is_sandbox_build());
-        let public_limits =
-            PublicLimits { concurrent_requests: config.api.concurrent_requests, deadline: config.api.deadline };
-        let public = serve_public(public, &api, public_limits).await.map_err(part("api"))?;
-        let admin = serve_admin(admin, &api, exposition).map_err(part("admin"))?;
+        let public = server::serve_public(public, &api, &config.api).map_err(part("api"))?;
+        let admin = server::serve_admin(admin, &api, exposition).map_err(part("admin"))?;
         tracing::info!(api = %public.address(), admin = %admin.address(), "ready");
         let grace = config.shutdown.grace;
         Ok(Self { api, fleet, store, gate, sessions, public, admin, grace, root_ended, gate_task })

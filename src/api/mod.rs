@@ -9,10 +9,7 @@ pub mod keys;
 pub mod messages;
 pub mod numbers;
 pub mod pairing;
-pub mod server;
 pub mod service;
 pub mod tenants;
 mod token;
 pub mod webhooks;
-
-pub use self::service::Api;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use super::drain::{self, Drain, DrainTrigger};
+use super::drain::Drain;
 use super::error::{ApiError, Reason};
 use crate::domain::access::{Caller, PresentedKey, StoredKey};
 use crate::domain::id::{NumberId, TenantId};
@@ -27,20 +27,25 @@ const NAME_CHARS_MAX: usize = 100;
 
 /// What the use cases work on.
 #[derive(Debug)]
-pub(super) struct Parts {
-    pub(super) store: Arc<Store>,
-    pub(super) fleet: Fleet,
-    pub(super) clock: Arc<dyn Clock>,
-    pub(super) random: Arc<Random>,
-    pub(super) webhook_policy: Policy,
+pub struct Parts {
+    /// The disk.
+    pub store: Arc<Store>,
+    /// The numbers.
+    pub fleet: Fleet,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Randomness for keys and ids.
+    pub random: Arc<Random>,
+    /// Which webhook targets are allowed.
+    pub webhook_policy: Policy,
+    /// The end of the daemon.
+    pub drain: Drain,
 }
 
 /// The use cases.
 #[derive(Debug)]
 pub struct Api {
     pub(super) parts: Parts,
-    is_sandbox_build: bool,
-    drain: (DrainTrigger, Drain),
     /// What must not stop half-way when its caller hangs up.
     ongoing: Mutex<JoinSet<()>>,
 }
@@ -48,21 +53,8 @@ pub struct Api {
 impl Api {
     /// The use cases over these parts.
     #[must_use]
-    pub fn new(
-        store: Arc<Store>,
-        fleet: Fleet,
-        clock: Arc<dyn Clock>,
-        random: Arc<Random>,
-        webhook_policy: Policy,
-        is_sandbox_build: bool,
-    ) -> Arc<Self> {
-        let parts = Parts { store, fleet, clock, random, webhook_policy };
-        Arc::new(Self { parts, is_sandbox_build, drain: drain::channel(), ongoing: Mutex::new(JoinSet::new()) })
-    }
-
-    /// No new numbers and sends from now on; streams end, connections finish their calls.
-    pub fn begin_drain(&self) {
-        self.drain.0.begin();
+    pub fn new(parts: Parts) -> Arc<Self> {
+        Arc::new(Self { parts, ongoing: Mutex::new(JoinSet::new()) })
     }
 
     /// The time.
@@ -80,19 +72,7 @@ impl Api {
     /// The end of the daemon.
     #[must_use]
     pub fn drain(&self) -> Drain {
-        self.drain.1.clone()
-    }
-
-    /// The disk.
-    #[must_use]
-    pub fn store(&self) -> &Arc<Store> {
-        &self.parts.store
-    }
-
-    /// Whether this build can talk to the sandbox, and to nothing else.
-    #[must_use]
-    pub fn is_sandbox_build(&self) -> bool {
-        self.is_sandbox_build
+        self.parts.drain.clone()
     }
 
     /// Who calls, by the text of `x-api-key`.
@@ -157,7 +137,7 @@ impl Api {
         T: Send + 'static,
         W: Future<Output = Result<T, ApiError>> + Send + 'static,
     {
-        if self.drain.1.has_begun() {
+        if self.parts.drain.has_begun() {
             return Err(Reason::Draining.into());
         }
         let (done, outcome) = oneshot::channel();

@@ -4,5 +4,3 @@
 pub mod error;
 mod layers;
 pub mod sections;
-
-pub use self::sections::Config;

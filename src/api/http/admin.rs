@@ -1,7 +1,7 @@
 //! The admin listener: metrics and probes. Not authenticated; it belongs inside.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Json;
@@ -14,7 +14,10 @@ use axum::routing::get;
 use serde_json::json;
 use tokio::sync::Mutex;
 
-use crate::api::service::Api;
+use crate::api::drain::Drain;
+use crate::store::layout::Store;
+use crate::supervisor::fleet::Fleet;
+use crate::telemetry::clock::Clock;
 use crate::telemetry::collector;
 use crate::telemetry::metrics::{self, CommitterFigures, Exposition};
 
@@ -22,20 +25,34 @@ const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// How long the supervisor may take to answer a probe.
 const PING_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What the admin pages show.
+#[derive(Debug)]
+pub struct AdminParts {
+    /// The disk.
+    pub store: Arc<Store>,
+    /// The numbers, once they are booted: the listener opens before that.
+    pub fleet: Arc<OnceLock<Fleet>>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// The metrics of the process.
+    pub exposition: Exposition,
+    /// The end of the daemon.
+    pub drain: Drain,
+}
+
 #[derive(Debug)]
 struct Admin {
-    api: Arc<Api>,
-    exposition: Exposition,
+    parts: AdminParts,
     /// One scrape at a time: a second one would only double the work.
     scraping: Mutex<()>,
 }
 
 /// The admin pages.
-pub fn admin(api: Arc<Api>, exposition: Exposition) -> Router {
+pub fn admin(parts: AdminParts) -> Router {
     let router = Router::new().route("/metrics", get(scrape)).route("/livez", get(alive)).route("/readyz", get(ready));
     #[cfg(feature = "sandbox")]
     let router = router.route("/debug/panic", axum::routing::post(make_panic));
-    router.with_state(Arc::new(Admin { api, exposition, scraping: Mutex::new(()) }))
+    router.with_state(Arc::new(Admin { parts, scraping: Mutex::new(()) }))
 }
 
 async fn scrape(State(admin): State<Arc<Admin>>) -> Response {
@@ -49,7 +66,8 @@ async fn scrape(State(admin): State<Arc<Admin>>) -> Response {
 
 impl Admin {
     fn render(&self) -> String {
-        for (volume, stats) in self.api.store().stats() {
+        let parts = &self.parts;
+        for (volume, stats) in parts.store.stats() {
             let figures = CommitterFigures {
                 queued: stats.queued.load(Relaxed),
                 groups: stats.groups.load(Relaxed),
@@ -58,23 +76,25 @@ impl Admin {
             };
             metrics::committer(&volume, figures);
         }
-        metrics::volumes_failed(usize::from(self.api.store().has_failed_volume()));
-        let mut text = self.exposition.render();
-        let numbers = self.api.fleet().directory().all();
+        metrics::volumes_failed(usize::from(parts.store.has_failed_volume()));
+        let mut text = parts.exposition.render();
+        let numbers = parts.fleet.get().map(|fleet| fleet.directory().all()).unwrap_or_default();
         let series = numbers.iter().map(|number| (number.labels(), number.stats()));
-        collector::render(series, self.api.clock().now(), &mut text);
+        collector::render(series, parts.clock.now(), &mut text);
         text
     }
 
     /// Why calls are not to be sent here, if so.
     async fn unready(&self) -> Option<&'static str> {
-        if self.api.drain().has_begun() {
+        let parts = &self.parts;
+        if parts.drain.has_begun() {
             return Some("draining");
         }
-        if self.api.store().has_failed_volume() {
+        if parts.store.has_failed_volume() {
             return Some("a volume of the store failed");
         }
-        match tokio::time::timeout(PING_PATIENCE, self.api.fleet().ping()).await {
+        let Some(fleet) = parts.fleet.get() else { return Some("booting") };
+        match tokio::time::timeout(PING_PATIENCE, fleet.ping()).await {
             Ok(true) => None,
             Ok(false) | Err(_) => Some("the supervisor does not answer"),
         }
@@ -89,13 +109,13 @@ async fn alive() -> &'static str {
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
     let unready = admin.unready().await;
     let status = if unready.is_none() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let build = if admin.api.is_sandbox_build() { "sandbox" } else { "release" };
+    let build = if cfg!(feature = "sandbox") { "sandbox" } else { "release" };
     let body = json!({
         "ready": unready.is_none(),
         "reason": unready,
         "build": build,
         "version": env!("CARGO_PKG_VERSION"),
-        "numbers": admin.api.fleet().directory().len(),
+        "numbers": admin.parts.fleet.get().map(|fleet| fleet.directory().len()),
     });
     (status, Json(body)).into_response()
 }
@@ -107,7 +127,7 @@ async fn make_panic(
     axum::extract::Query(query): axum::extract::Query<std::collections::HashMap<String, String>>,
 ) -> StatusCode {
     let id = query.get("number").and_then(|number| number.parse().ok());
-    let handle = id.and_then(|id| admin.api.fleet().directory().get(id));
+    let handle = id.and_then(|id| admin.parts.fleet.get()?.directory().get(id));
     match handle {
         Some(handle) => {
             handle.make_panic();

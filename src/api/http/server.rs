@@ -21,7 +21,6 @@ use super::{messages, numbers};
 use crate::api::drain::Drain;
 use crate::api::error::{ApiError, Reason};
 use crate::api::grpc::server::{Health, ReflectionError, routes};
-use crate::api::server::PublicLimits;
 use crate::api::service::Api;
 
 /// Largest JSON body.
@@ -34,6 +33,15 @@ const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after the system refused a connection, for instance for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Limits of the public listener.
+#[derive(Debug, Clone, Copy)]
+pub struct PublicLimits {
+    /// Calls answered at once.
+    pub concurrent_requests: usize,
+    /// Longest a call may take.
+    pub deadline: Duration,
+}
 
 /// The public surface: every gRPC service and the JSON API.
 ///
@@ -75,15 +83,13 @@ async fn too_large(response: Response) -> Response {
     response
 }
 
-/// Serves until the drain, then lets every connection finish its calls. Without a drain it serves until the future is
-/// dropped, which cuts what is left.
-pub async fn serve(listener: TcpListener, router: Router, drain: Option<Drain>) {
-    let mut drain = Box::pin(until(drain));
+/// Serves until the drain, then lets every connection finish its calls. Dropping the future cuts what is left.
+pub async fn serve(listener: TcpListener, router: Router, mut drain: Drain) {
     let mut connections = JoinSet::new();
     let graceful = GracefulShutdown::new();
     loop {
         tokio::select! {
-            () = &mut drain => break,
+            () = drain.begun() => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
                 Ok((socket, _)) => {
@@ -99,13 +105,6 @@ pub async fn serve(listener: TcpListener, router: Router, drain: Option<Drain>) 
     drop(listener);
     graceful.shutdown().await;
     while connections.join_next().await.is_some() {}
-}
-
-async fn until(drain: Option<Drain>) {
-    match drain {
-        Some(mut drain) => drain.begun().await,
-        None => std::future::pending().await,
-    }
 }
 
 fn connection(socket: TcpStream, router: Router, graceful: &GracefulShutdown) -> impl Future<Output = ()> + use<> {
