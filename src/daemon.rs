@@ -1,15 +1,20 @@
 //! The composition root: builds every part in order, binds, runs, drains. The only place that wires.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use axum::Router;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
-use crate::api::Api;
-use crate::api::server::{self, Served};
-use crate::config::Config;
+use crate::api::drain::{self, DrainTrigger};
+use crate::api::grpc::server::Health;
+use crate::api::http::admin::{AdminParts, admin};
+use crate::api::http::server::{PublicLimits, public, serve};
+use crate::api::keys::ensure_operator_key;
+use crate::api::service::{Api, Parts};
+use crate::config::sections::Config;
 use crate::domain::gate::GateLimits;
 use crate::domain::limiter::{Limits, Pace};
 use crate::number::environment::Environment;
@@ -58,13 +63,13 @@ fn part<E: std::fmt::Display>(part: &'static str) -> impl FnOnce(E) -> StartErro
 
 /// A running daemon.
 pub struct Daemon {
-    api: Arc<Api>,
     fleet: Fleet,
     store: Arc<Store>,
     gate: Arc<ConnectGate>,
     sessions: Arc<LinkEnvironment>,
-    public: Served,
-    admin: Served,
+    health: Health,
+    public: Listener,
+    admin: Listener,
     grace: Duration,
     root_ended: JoinHandle<()>,
     gate_task: AbortOnDrop,
@@ -72,7 +77,28 @@ pub struct Daemon {
 
 impl std::fmt::Debug for Daemon {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Daemon").field("public", &self.public.address()).finish_non_exhaustive()
+        f.debug_struct("Daemon").field("public", &self.public.address).finish_non_exhaustive()
+    }
+}
+
+/// A listener and the task that serves it.
+struct Listener {
+    address: SocketAddr,
+    drain: DrainTrigger,
+    served: AbortOnDrop,
+}
+
+impl Listener {
+    fn serve(listener: TcpListener, address: SocketAddr, router: Router, drain: (DrainTrigger, drain::Drain)) -> Self {
+        let (trigger, drain) = drain;
+        let served = AbortOnDrop(tokio::task::spawn(serve(listener, router, drain)));
+        Self { address, drain: trigger, served }
+    }
+
+    /// Takes no more connections and lets the open ones finish, for as long as `patience`.
+    async fn close(mut self, patience: Duration) {
+        self.drain.begin();
+        let _ = tokio::time::timeout(patience, &mut self.served.0).await;
     }
 }
 
@@ -104,51 +130,59 @@ impl Daemon {
     /// # Errors
     /// See [`StartError`]; nothing runs then.
     pub async fn start(config: &Config) -> Result<Self, StartError> {
-        let public = listen(config.api.listen).await?;
-        let admin = listen(config.admin.listen).await?;
+        let (public_listener, public_address) = listen(config.api.listen).await?;
+        let (admin_listener, admin_address) = listen(config.admin.listen).await?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         let random = Arc::new(Random::from_system().map_err(part("randomness"))?);
         let exposition = Exposition::install().map_err(part("metrics"))?;
         let (dir, secret) = (config.data.dir.clone(), random.bytes());
         let opened = tokio::task::spawn_blocking(move || Store::open(&dir, secret)).await;
         let store = Arc::new(opened.map_err(part("store"))??);
-        let operator_key = server::ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir);
-        operator_key.await.map_err(part("operator key"))?;
-        let version = config.whatsapp.version.map(|version| (version.primary, version.secondary, version.tertiary));
-        let link = LinkConfig { url: config.whatsapp.url.to_string(), client_version: version };
-        let sessions = LinkEnvironment::new(link).map_err(part("whatsapp"))?;
-        let gate = ConnectGate::new(gate_limits(config), clock.clone());
-        let policy = if config.webhook.allow_private { Policy::AllowPrivate } else { Policy::PublicOnly };
-        let webhooks = WebhookClient::new(client::Config { policy, timeout: config.webhook.timeout });
-        let environment = Arc::new(Environment {
-            clock: clock.clone(),
-            random: random.clone(),
+        let operator_key = ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir).await;
+        let operator_key = operator_key.map_err(part("operator key"))?;
+        let (booted, admin_drain) = (Arc::new(OnceLock::new()), drain::channel());
+        let parts = AdminParts {
             store: store.clone(),
-            opener: Arc::new(LinkedOpener(sessions.clone())),
-            gate: gate.clone(),
-            webhooks: webhooks.map_err(part("webhooks"))?,
-            limits: limits(config),
-        });
+            fleet: booted.clone(),
+            clock: clock.clone(),
+            exposition,
+            drain: admin_drain.1.clone(),
+        };
+        let admin = Listener::serve(admin_listener, admin_address, admin(parts), admin_drain);
+        let policy = if config.webhook.allow_private { Policy::AllowPrivate } else { Policy::PublicOnly };
+        let (sessions, gate, environment) = environment(config, &store, &clock, &random, policy)?;
         let gate_task = AbortOnDrop(tokio::task::spawn(gate.clone().run()));
         let (fleet, root_ended) = Fleet::start(environment).await.map_err(part("supervisor"))?;
-        let api = Api::new(store.clone(), fleet.clone(), clock, random, policy, sessions.is_sandbox_build());
-        let public = server::serve_public(public, &api, &config.api).map_err(part("api"))?;
-        let admin = server::serve_admin(admin, &api, exposition).map_err(part("admin"))?;
-        tracing::info!(api = %public.address(), admin = %admin.address(), "ready");
+        let public_drain = drain::channel();
+        let api = Api::new(Parts {
+            store: store.clone(),
+            fleet: fleet.clone(),
+            clock,
+            random,
+            webhook_policy: policy,
+            drain: public_drain.1.clone(),
+        });
+        let _ = booted.set(fleet.clone());
+        let limits =
+            PublicLimits { concurrent_requests: config.api.concurrent_requests, deadline: config.api.deadline };
+        let (router, health) = public(&api, limits).await.map_err(part("api"))?;
+        let public = Listener::serve(public_listener, public_address, router, public_drain);
+        tracing::info!(operator_key = %operator_key.display(), "operator key");
+        tracing::info!(api = %public.address, admin = %admin.address, "ready");
         let grace = config.shutdown.grace;
-        Ok(Self { api, fleet, store, gate, sessions, public, admin, grace, root_ended, gate_task })
+        Ok(Self { fleet, store, gate, sessions, health, public, admin, grace, root_ended, gate_task })
     }
 
     /// Where gRPC and the JSON API answer.
     #[must_use]
     pub fn public_address(&self) -> SocketAddr {
-        self.public.address()
+        self.public.address
     }
 
     /// Where metrics and probes answer.
     #[must_use]
     pub fn admin_address(&self) -> SocketAddr {
-        self.admin.address()
+        self.admin.address
     }
 
     /// The numbers.
@@ -166,28 +200,57 @@ impl Daemon {
     /// the store.
     pub async fn drain(self, hurry: impl Future<Output = ()>) {
         tracing::info!("draining");
-        self.api.begin_drain();
-        self.gate.close();
-        let deadline = self.grace.saturating_sub(CLOSING_TIME);
+        let Self { fleet, store, gate, sessions, health, public, admin, grace, gate_task, .. } = self;
+        health.set_serving(false).await;
+        gate.close();
+        let deadline = grace.saturating_sub(CLOSING_TIME);
         let orderly = async {
-            self.fleet.drain(deadline).await;
-            self.sessions.shutdown(CLOSING_TIME).await;
-            self.public.shutdown(Duration::from_secs(1)).await;
+            // Streams end with their cursor; calls under way are answered while the numbers finish.
+            tokio::join!(fleet.drain(deadline), public.close(deadline));
+            sessions.shutdown(CLOSING_TIME).await;
         };
         tokio::select! {
             () = orderly => {}
             () = hurry => tracing::warn!("drain cut short"),
         }
-        drop(self.gate_task);
-        let store = self.store;
-        let _ = tokio::task::spawn_blocking(move || store.close()).await;
-        self.admin.shutdown(Duration::from_millis(100)).await;
+        drop(gate_task);
+        let closing = store.clone();
+        let _ = tokio::task::spawn_blocking(move || closing.close()).await;
+        admin.close(Duration::from_millis(200)).await;
         tracing::info!("stopped");
     }
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, StartError> {
-    TcpListener::bind(address).await.map_err(|error| StartError::Listen { address, error })
+/// What every number acts with.
+fn environment(
+    config: &Config,
+    store: &Arc<Store>,
+    clock: &Arc<dyn Clock>,
+    random: &Arc<Random>,
+    policy: Policy,
+) -> Result<(Arc<LinkEnvironment>, Arc<ConnectGate>, Arc<Environment>), StartError> {
+    let version = config.whatsapp.version.map(|version| (version.primary, version.secondary, version.tertiary));
+    let link = LinkConfig { url: config.whatsapp.url.to_string(), client_version: version };
+    let sessions = LinkEnvironment::new(link).map_err(part("whatsapp"))?;
+    let gate = ConnectGate::new(gate_limits(config), clock.clone());
+    let webhooks = WebhookClient::new(client::Config { policy, timeout: config.webhook.timeout });
+    let environment = Arc::new(Environment {
+        clock: clock.clone(),
+        random: random.clone(),
+        store: store.clone(),
+        opener: Arc::new(LinkedOpener(sessions.clone())),
+        gate: gate.clone(),
+        webhooks: webhooks.map_err(part("webhooks"))?,
+        limits: limits(config),
+    });
+    Ok((sessions, gate, environment))
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Listen { address, error };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
 }
 
 fn gate_limits(config: &Config) -> GateLimits {

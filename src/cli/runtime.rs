@@ -9,7 +9,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::arguments::{Arguments, Command, ConfigCommand};
 use super::exit;
-use crate::config::Config;
+use crate::config::sections::Config;
 use crate::daemon::Daemon;
 use crate::telemetry::clock::SystemClock;
 use crate::telemetry::{logging, panic_hook};

@@ -11,7 +11,7 @@ use super::phones::{CallError, Phones};
 use super::sink::Sink;
 use crate::api::grpc::proto;
 use crate::api::grpc::proto::pair_number_response::Step;
-use crate::config::Config;
+use crate::config::sections::Config;
 use crate::daemon::{Daemon, StartError};
 use crate::sandbox::server::{RunningSandbox, Sandbox, SandboxConfig};
 

@@ -58,8 +58,10 @@ impl PhoneNumber {
 pub enum Namespace {
     /// `number@s.whatsapp.net`
     #[default]
+    #[serde(rename = "pn")]
     Phone,
     /// `hidden@lid`
+    #[serde(rename = "lid")]
     Hidden,
 }
 

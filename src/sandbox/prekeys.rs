@@ -25,7 +25,7 @@ pub fn answer(world: &World, device: &DeviceAddress, iq: &Node) -> Node {
             let count = world.with_companion(device, |companion| companion.prekeys.len()).unwrap_or(0);
             stanza::result(iq, [tag("count").attr("value", count).build()])
         }
-        (false, "digest") => match world.with_companion(device, |companion| digest(companion)) {
+        (false, "digest") => match world.with_companion(device, digest) {
             Some(digest) => stanza::result(iq, [digest]),
             None => stanza::failure(iq, 404, "item-not-found"),
         },

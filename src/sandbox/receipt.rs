@@ -86,9 +86,13 @@ impl Tick {
 /// Takes a receipt from a linked device: crosses off what it acknowledges, passes it on, acknowledges it.
 pub fn from_device(world: &World, device: &DeviceAddress, node: &Node) -> Node {
     let ids = Receipt::ids_of(node);
-    world.acknowledge(device, "message", &ids);
     world.stats.receipts.add(1);
     let kind = attr(node, "type").map(|kind| kind.into_owned());
+    // Asking again acknowledges nothing: the ack that follows clears the copy that could not be opened, and would
+    // otherwise clear the repetition that may have arrived in between.
+    if kind.as_deref() != Some("retry") {
+        world.acknowledge(device, "message", &ids);
+    }
     let to = jid(node, "to");
     if let Some((writer, addressing)) = to.as_ref().and_then(resolve) {
         match kind.as_deref() {

@@ -7,28 +7,24 @@ use whatsapp_rust::{Client, Jid, Server};
 
 use crate::domain::phone::{Contact, Lid, Phone};
 
-/// Adds what one address says to a contact.
-fn add(contact: &mut Contact, jid: &Jid) {
+/// What one address says about a person; nothing for groups, channels, the status, bots.
+fn said_by(jid: &Jid) -> Contact {
+    let mut contact = Contact { phone: None, lid: None };
     match jid.server {
-        Server::Pn | Server::Hosted | Server::Legacy => {
-            if contact.phone.is_none() {
-                contact.phone = Phone::parse(&jid.user).ok();
-            }
-        }
-        Server::Lid | Server::HostedLid => {
-            if contact.lid.is_none() && !jid.user.is_empty() {
-                contact.lid = Some(Lid(jid.user.as_str().into()));
-            }
+        Server::Pn | Server::Hosted | Server::Legacy => contact.phone = Phone::parse(&jid.user).ok(),
+        Server::Lid | Server::HostedLid if !jid.user.is_empty() => {
+            contact.lid = Some(Lid(jid.user.as_str().into()));
         }
         _ => {}
     }
+    contact
 }
 
 /// The contact behind addresses that came with a stanza. `None`: not a person (group, channel, status, bot).
 pub(super) fn contact_of<'a>(jids: impl IntoIterator<Item = &'a Jid>) -> Option<Contact> {
     let mut contact = Contact { phone: None, lid: None };
     for jid in jids {
-        add(&mut contact, jid);
+        contact.learn(&said_by(jid));
     }
     (contact.phone.is_some() || contact.lid.is_some()).then_some(contact)
 }
@@ -41,8 +37,8 @@ pub(super) async fn complete(client: &Arc<Client>, contact: &mut Contact) {
         _ => return,
     };
     if let Ok(Some(entry)) = client.get_lid_pn_entry(&known).await {
-        add(contact, &Jid::pn(&*entry.phone_number));
-        add(contact, &Jid::lid(&*entry.lid));
+        contact.learn(&said_by(&Jid::pn(&*entry.phone_number)));
+        contact.learn(&said_by(&Jid::lid(&*entry.lid)));
     }
 }
 

@@ -30,7 +30,7 @@ use super::signals::{LATE_MAX, QUEUE_MAX, Signals};
 use super::stanza::Certainty;
 use super::transport::{Reached, SocketSlot};
 use crate::domain::close::CloseReason;
-use crate::session::contract::{SessionCommand, SessionEvent};
+use crate::session::contract::{SendError, SessionCommand, SessionEvent};
 use crate::store::number_store::NumberStore;
 
 /// From opening to `Online` on a known device: 20 s each for socket and handshake, 90 s to drain.
@@ -383,8 +383,10 @@ impl Connection<'_> {
     }
 
     async fn tear_down(self, reason: CloseReason) -> CloseReason {
-        let Connection { parts, store, client, subscription, raw_nodes, outbound, mut running, .. } = self;
+        let Connection { parts, store, client, subscription, raw_nodes, outbound, mut commands, mut running, .. } =
+            self;
         let signals = &parts.signals;
+        refuse_waiting(&mut commands, signals);
         let is_abrupt = store.is_poisoned()
             || matches!(reason, CloseReason::StoreFailed | CloseReason::Crashed | CloseReason::PairingRefused { .. });
         if is_abrupt {
@@ -420,6 +422,16 @@ impl Connection<'_> {
             return CloseReason::StoreFailed;
         }
         reason
+    }
+}
+
+/// Answers the sends that nobody looked at: these certainly did not reach the wire.
+fn refuse_waiting(commands: &mut mpsc::Receiver<SessionCommand>, signals: &Signals) {
+    commands.close();
+    while let Ok(command) = commands.try_recv() {
+        if let SessionCommand::Send(message) = command {
+            signals.tell(SessionEvent::NotWritten { seq: message.seq, error: SendError::Offline });
+        }
     }
 }
 

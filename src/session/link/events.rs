@@ -15,7 +15,7 @@ use whatsapp_rust::wacore_binary::NodeRef;
 use super::contact::contact_of;
 use super::inbound::LateMessage;
 use super::session::wall_clock;
-use super::signals::{PairedAs, Queued, Signals};
+use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
 use crate::domain::close::CloseReason;
 use crate::domain::time::Timestamp;
@@ -141,13 +141,13 @@ impl Handler {
         if source.is_group || source.is_from_me {
             return;
         }
-        self.signals.push(Queued::Receipt {
+        self.signals.push(Queued::Receipt(Box::new(RawReceipt {
             whatsapp_ids: receipt.message_ids.clone(),
             from: source.sender.clone(),
             also: source.sender_alt.clone(),
             kind,
             at: Timestamp(u64::try_from(receipt.timestamp.timestamp_millis()).unwrap_or(0)),
-        });
+        })));
     }
 }
 

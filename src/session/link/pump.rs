@@ -6,14 +6,15 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 use super::contact::{complete, contact_of};
-use super::signals::{Queued, Signals};
+use super::signals::{Queued, RawReceipt, Signals};
 use crate::domain::close::CloseReason;
 use crate::session::contract::SessionEvent;
 
 async fn finished(entry: Queued, signals: &Signals) -> Option<SessionEvent> {
     match entry {
         Queued::Event(event) => Some(event),
-        Queued::Receipt { whatsapp_ids, from, also, kind, at } => {
+        Queued::Receipt(receipt) => {
+            let RawReceipt { whatsapp_ids, from, also, kind, at } = *receipt;
             let mut from = contact_of([&from].into_iter().chain(&also))?;
             if let Some(client) = signals.client() {
                 complete(&client, &mut from).await;
