@@ -125,7 +125,7 @@ reasons! {
     /// No such webhook.
     WebhookNotFound "WEBHOOK_NOT_FOUND" NotFound 404 false "no such webhook",
     /// No such path.
-    PathNotFound "PATH_NOT_FOUND" NotFound 404 false "no such path",
+    PathNotFound "PATH_NOT_FOUND" Unimplemented 404 false "no such path",
     /// The path has other methods.
     MethodNotAllowed "METHOD_NOT_ALLOWED" Unimplemented 405 false "the path does not take this method",
     /// A tenant's key and no number named.

@@ -25,8 +25,9 @@ const PROGRESS_MIN: Duration = Duration::from_secs(1);
 const PROGRESS_MAX: Duration = Duration::from_hours(1);
 /// Pause before a number that restarts is looked at again.
 const RESTART_PAUSE: Duration = Duration::from_millis(250);
-/// Cursor of the oldest event that is kept.
-const FROM_OLDEST: &str = "0";
+/// Cursors with a meaning of their own.
+const FROM_OLDEST: &str = "";
+const FROM_NOW: &str = "now";
 
 /// What a caller wants to follow.
 #[derive(Debug, Default)]
@@ -35,7 +36,7 @@ pub struct StreamOrder<'a> {
     pub number: &'a str,
     /// Only these types; empty for all.
     pub types: &'a [String],
-    /// Where to go on; empty for now, `0` for the oldest event.
+    /// Where to go on; empty for the oldest event, `now` for what happens from now on.
     pub cursor: &'a str,
     /// How often to tell of progress.
     pub progress_interval: Option<Duration>,
@@ -81,7 +82,7 @@ impl Api {
         // Before the log is read, so that nothing falls between the two.
         let news = handle.watch_events();
         let (position, expects_next) = match order.cursor {
-            "" => {
+            FROM_NOW => {
                 // While it starts, the newest event is not known yet.
                 self.store_of(number)?;
                 (*news.borrow(), true)
@@ -135,18 +136,18 @@ impl EventStream {
         token::encode(TokenKind::Events, [self.handle.id().0, self.position.0])
     }
 
-    /// Whether there was anything to read.
+    /// Whether there is more to do before waiting for news.
     async fn read_page(&mut self) -> Result<bool, ApiError> {
-        let Some(store) = self.handle.store() else {
-            // It restarts; its log is on disk and comes back with it.
-            tokio::time::sleep(RESTART_PAUSE).await;
-            return Ok(false);
-        };
         // The log may hold events that are not synced yet; they are not given out.
         let durable = *self.news.borrow_and_update();
         if self.position >= durable {
             return Ok(false);
         }
+        let Some(store) = self.handle.store() else {
+            // It restarts; its log is on disk and comes back with it.
+            tokio::time::sleep(RESTART_PAUSE).await;
+            return Ok(true);
+        };
         let mut events = store.events(self.position, PAGE).await?;
         events.retain(|event| event.id.seq <= durable);
         let Some(first) = events.first() else { return Ok(false) };

@@ -63,7 +63,7 @@ impl Api {
         metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
         let store = handle.store().ok_or(Reason::NumberUnavailable)?;
         let message = store.message(accepted.seq).await?.ok_or(Reason::Internal)?;
-        Ok(Cards::new(record.id, store).card(message).await?)
+        Cards::new(record.id, store).card(message).await
     }
 
     /// One message, by our id.
@@ -78,7 +78,7 @@ impl Api {
         self.number_seen(caller, id.number).map_err(|_| Reason::MessageNotFound)?;
         let store = self.store_of(id.number)?;
         let message = store.message(id.seq).await?.ok_or(Reason::MessageNotFound)?;
-        Ok(Cards::new(id.number, store).card(message).await?)
+        Cards::new(id.number, store).card(message).await
     }
 
     /// One outbound message of a number, by WhatsApp's id.
@@ -88,7 +88,7 @@ impl Api {
     pub async fn message_by_whatsapp_id(&self, number: NumberId, whatsapp_id: &str) -> Result<MessageCard, ApiError> {
         let store = self.store_of(number)?;
         let message = store.outbound_with(whatsapp_id).await?.ok_or(Reason::MessageNotFound)?;
-        Ok(Cards::new(number, store).card(message).await?)
+        Cards::new(number, store).card(message).await
     }
 
     /// A number's messages, newest first.

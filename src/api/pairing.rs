@@ -1,9 +1,10 @@
 //! Linking a number, as its owner watches it: codes, then the phone's consent, then the first connection.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::Sleep;
 
 use super::drain::Drain;
 use super::error::{ApiError, Reason};
@@ -48,7 +49,7 @@ pub struct PairingWatch {
     progress: Progress,
     phone: Phone,
     drain: Drain,
-    give_up_at: Instant,
+    patience: Pin<Box<Sleep>>,
 }
 
 /// How far the watcher was told.
@@ -83,7 +84,7 @@ impl Api {
             progress: Progress::default(),
             phone: record.phone.clone(),
             drain: self.drain(),
-            give_up_at: Instant::now() + WATCH_MAX,
+            patience: Box::pin(tokio::time::sleep(WATCH_MAX)),
         })
     }
 }
@@ -101,7 +102,7 @@ impl PairingWatch {
                         return Err(Reason::NumberNotFound.into());
                     }
                 }
-                () = tokio::time::sleep_until(self.give_up_at) => {
+                () = self.patience.as_mut() => {
                     self.progress.over = true;
                     return Ok(Some(PairingStep::Failed(TIMED_OUT.to_owned())));
                 }

@@ -263,7 +263,9 @@ mod tests {
     #[test]
     fn the_window_is_bounded() {
         let mut outbox = Outbox::restore((0..100).map(|seq| row(seq, u32::try_from(seq).unwrap())));
-        while let Some(seq) = outbox.ready().map(|row| row.seq).next() {
+        loop {
+            let next = outbox.ready().map(|row| row.seq).next();
+            let Some(seq) = next else { break };
             outbox.claim(seq);
         }
         assert_eq!(outbox.in_flight(), IN_FLIGHT_MAX);

@@ -9,7 +9,7 @@ use crate::domain::close::CloseReason;
 use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
 use crate::domain::id::MessageSeq;
 use crate::domain::message::MessageStatus;
-use crate::domain::number::{Arrived, Receipted, SendRequest, Snapshot, Ticket};
+use crate::domain::number::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
 use crate::store::error::StoreError;
@@ -156,7 +156,7 @@ pub struct Internal(pub(super) Inner);
 pub(super) enum Inner {
     Loaded(Result<(NumberStore, Snapshot), StoreError>),
     Stored(Ticket, Result<(), StoreError>),
-    Record(super::super::domain::number::ReplyId, [u8; 32], Result<Option<IdempotencyRecord>, StoreError>),
+    Record(ReplyId, [u8; 32], Result<Option<IdempotencyRecord>, StoreError>),
     Granted(GateTurn),
     Session(ConnectionNo, FromSession, Option<OwnedSemaphorePermit>),
     Attempted(AttemptRecord, Attempted),

@@ -43,13 +43,10 @@ pub(super) struct SessionPump {
 impl SessionPump {
     /// Runs one session from its slot to its end.
     pub(super) async fn run(self) {
-        let slot = match tokio::time::timeout(SLOT_WAIT, self.slot.clone().acquire_owned()).await {
-            Ok(Ok(slot)) => slot,
-            Ok(Err(_)) | Err(_) => {
-                metrics::slot_timeout();
-                self.tell(FromSession::Closed(CloseReason::Crashed), None);
-                return;
-            }
+        let Ok(Ok(slot)) = tokio::time::timeout(SLOT_WAIT, self.slot.clone().acquire_owned()).await else {
+            metrics::slot_timeout();
+            self.tell(FromSession::Closed(CloseReason::Crashed), None);
+            return;
         };
         let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
         let request = OpenRequest {

@@ -313,7 +313,7 @@ impl<S> ByteStream<S>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    async fn bytes(&mut self) -> Result<whatsapp_rust::bytes::Bytes> {
+    async fn bytes(&mut self) -> Result<bytes::Bytes> {
         loop {
             match self.socket.next().await.ok_or(SandboxError::Closed)?? {
                 Message::Binary(bytes) => return Ok(bytes),

@@ -6,7 +6,7 @@ use super::key::{Tag, full_key};
 use crate::domain::id::NumberId;
 
 /// Largest value of one record, in bytes, its leading byte included.
-pub const VALUE_BYTES_MAX: usize = 16 * 1024;
+pub(super) const VALUE_BYTES_MAX: usize = 16 * 1024;
 
 const WHOLE: u8 = 1;
 const CUT: u8 = 2;

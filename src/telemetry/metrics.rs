@@ -16,6 +16,7 @@ const WEBHOOK_ATTEMPTS_TOTAL: &str = "switchboard_webhook_attempts_total";
 const WEBHOOK_DEAD_LETTERS_TOTAL: &str = "switchboard_webhook_dead_letters_total";
 const API_REQUESTS_TOTAL: &str = "switchboard_api_requests_total";
 const API_REQUEST_SECONDS: &str = "switchboard_api_request_seconds";
+const API_REFUSED_TOTAL: &str = "switchboard_api_refused_total";
 const API_STREAMS: &str = "switchboard_api_streams";
 const GATE_WAITING: &str = "switchboard_gate_waiting";
 const GATE_OPENING: &str = "switchboard_gate_opening";
@@ -90,6 +91,7 @@ fn describe() {
     describe_counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "Deliveries given up");
     describe_counter!(API_REQUESTS_TOTAL, "API calls by protocol, method and code");
     describe_histogram!(API_REQUEST_SECONDS, "API calls, by protocol and method");
+    describe_counter!(API_REFUSED_TOTAL, "Calls that were shed or cut by their deadline");
     describe_gauge!(API_STREAMS, "Open streams");
     describe_gauge!(GATE_WAITING, "Numbers waiting for their turn to connect");
     describe_gauge!(GATE_OPENING, "Sessions being opened");
@@ -157,6 +159,11 @@ pub fn api_request(protocol: Protocol, method: &'static str, code: &'static str,
     let protocol = protocol.name();
     histogram!(API_REQUEST_SECONDS, "protocol" => protocol, "method" => method).record(took);
     counter!(API_REQUESTS_TOTAL, "protocol" => protocol, "method" => method, "code" => code).increment(1);
+}
+
+/// A call was shed, or cut by its deadline; it is in no other figure.
+pub fn api_refused(protocol: Protocol, reason: &'static str) {
+    counter!(API_REFUSED_TOTAL, "protocol" => protocol.name(), "reason" => reason).increment(1);
 }
 
 /// Counts an open stream until it is dropped.

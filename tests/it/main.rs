@@ -9,3 +9,4 @@ mod harness;
 mod isolation;
 mod restart;
 mod story;
+mod surface;

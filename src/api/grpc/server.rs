@@ -146,7 +146,7 @@ mod tests {
             let info = file.source_code_info.as_ref().unwrap();
             for location in &info.location {
                 // Paths of messages, enums, services and their members; see descriptor.proto.
-                let named = matches!(location.path.as_slice(), [4 | 5 | 6, _] | [4 | 5 | 6, _, 2, _] | [4, _, 8, _]);
+                let named = matches!(location.path.as_slice(), [4..=6, _] | [4..=6, _, 2, _] | [4, _, 8, _]);
                 assert!(
                     !named || !location.leading_comments().trim().is_empty(),
                     "{} at {:?} has no comment",

@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use crate::api::error::{ApiError, Reason};
 use crate::api::grpc::server::STREAMING;
 use crate::api::grpc::status;
+use crate::telemetry::metrics::{self, Protocol};
 
 const GRPC: &str = "application/grpc";
 const GRPC_TIMEOUT: &str = "grpc-timeout";
@@ -37,7 +38,7 @@ impl Admission {
 pub(super) async fn admit(State(admission): State<Admission>, request: Request, next: Next) -> Response {
     let grpc = is_grpc(request.headers());
     let Ok(_room) = admission.room.try_acquire() else {
-        return refusal(grpc, &ApiError::from(Reason::Overloaded).retry_after(RETRY_AFTER));
+        return counted(grpc, &ApiError::from(Reason::Overloaded).retry_after(RETRY_AFTER));
     };
     if STREAMING.contains(&request.uri().path()) {
         // Room is held until the stream is open; open streams are limited by their connections.
@@ -47,8 +48,14 @@ pub(super) async fn admit(State(admission): State<Admission>, request: Request, 
     let limit = asked.unwrap_or(admission.deadline).min(admission.deadline);
     match tokio::time::timeout(limit, next.run(request)).await {
         Ok(response) => response,
-        Err(_) => refusal(grpc, &Reason::DeadlineExceeded.into()),
+        Err(_) => counted(grpc, &Reason::DeadlineExceeded.into()),
     }
+}
+
+fn counted(grpc: bool, error: &ApiError) -> Response {
+    let protocol = if grpc { Protocol::Grpc } else { Protocol::Http };
+    metrics::api_refused(protocol, error.reason.name());
+    refusal(grpc, error)
 }
 
 /// The answer of a call that reached no service.

@@ -62,7 +62,7 @@ impl Handler {
             Event::Connected(_) => self.signals.go_online(),
             Event::Disconnected(disconnected) => self.disconnected(disconnected),
             Event::PairingQrCode(qr) => {
-                self.signals.tell(SessionEvent::QrCode { code: qr.code.clone(), valid_for: qr.timeout })
+                self.signals.tell(SessionEvent::QrCode { code: qr.code.clone(), valid_for: qr.timeout });
             }
             Event::PairingQrCodesExhausted(_) => self.signals.end(CloseReason::PairingEnded),
             Event::PairSuccess(success) => self.paired(success),
