@@ -476,6 +476,31 @@ async fn a_phone_writes_to_a_linked_number_also_while_it_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_backlog_arrives_whole_and_in_order() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    alice.leave(run).await;
+    let written: Vec<String> = (0..300).map(|number| format!("number {number}")).collect();
+    for text in &written {
+        phone_sends(&sandbox, CAROL, ALICE, text).await;
+    }
+    let back = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = back.run();
+    back.seen.text("number 299").await;
+    back.seen.connected().await;
+    let events = back.seen.events.lock().expect("lock").clone();
+    let arrived: Vec<String> = events
+        .iter()
+        .flat_map(|event| texts(event))
+        .map(|(text, _)| text)
+        .collect();
+    assert_eq!(arrived, written);
+    phone_shows(&sandbox, CAROL, "number 299", "delivered").await;
+    back.leave(run).await;
+    no_key_was_reused(&sandbox).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_number_can_be_linked_by_a_code_typed_into_the_phone() {
     let sandbox = start().await;
     let alice = Number::new(sandbox.ws_url(), Arc::new(InMemoryBackend::new())).await;
