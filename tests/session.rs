@@ -454,6 +454,8 @@ async fn a_message_that_cannot_be_decrypted_keeps_its_place_and_comes_again() {
     .await;
     world.post(&from_bob, "second").await;
     alice.hear("second").await;
+    // What is not acknowledged yet would come again and mend the session before the message that matters.
+    eventually("both are acknowledged", || async { world.stats().await["receipts"] == 2 }).await;
     alice.close().await;
 
     let sessions = alice.store.scan(Tag::Session, &[], None, Order::Ascending, 100).await;
