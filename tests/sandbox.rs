@@ -64,12 +64,7 @@ impl Transport for Pipe {
 #[async_trait]
 impl TransportFactory for Factory {
     async fn create_transport(&self) -> anyhow::Result<(Arc<dyn Transport>, async_channel::Receiver<TransportEvent>)> {
-        let address = self
-            .url
-            .trim_start_matches("ws://")
-            .split('/')
-            .next()
-            .unwrap_or_default();
+        let address = self.url.trim_start_matches("ws://").split('/').next().unwrap_or_default();
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         let (socket, _) = tokio_tungstenite::client_async(self.url.as_str(), stream).await?;
@@ -149,33 +144,20 @@ impl Seen {
                 news.await;
             }
         };
-        tokio::time::timeout(PATIENCE, search)
-            .await
-            .unwrap_or_else(|_| panic!("waited in vain for {what}"))
+        tokio::time::timeout(PATIENCE, search).await.unwrap_or_else(|_| panic!("waited in vain for {what}"))
     }
 
     fn count(&self, matches: impl Fn(&Event) -> bool) -> usize {
-        self.events
-            .lock()
-            .expect("lock")
-            .iter()
-            .filter(|event| matches(event))
-            .count()
+        self.events.lock().expect("lock").iter().filter(|event| matches(event)).count()
     }
 
     async fn connected(&self) {
-        self.until("Connected", |event| matches!(event, Event::Connected(_)).then_some(()))
-            .await;
+        self.until("Connected", |event| matches!(event, Event::Connected(_)).then_some(())).await;
     }
 
     async fn text(&self, wanted: &str) -> Jid {
-        self.until(wanted, |event| {
-            texts(event)
-                .into_iter()
-                .find(|(text, _)| text == wanted)
-                .map(|(_, chat)| chat)
-        })
-        .await
+        self.until(wanted, |event| texts(event).into_iter().find(|(text, _)| text == wanted).map(|(_, chat)| chat))
+            .await
     }
 
     async fn receipt(&self, id: &str, kind: ReceiptType) {
@@ -260,10 +242,7 @@ impl Number {
     }
 
     async fn ended(run: JoinHandle<()>) {
-        tokio::time::timeout(PATIENCE, run)
-            .await
-            .expect("run() returns")
-            .expect("run() does not panic");
+        tokio::time::timeout(PATIENCE, run).await.expect("run() returns").expect("run() does not panic");
     }
 
     async fn leave(&self, run: JoinHandle<()>) {
@@ -280,19 +259,9 @@ impl Number {
             _ => None,
         });
         let code = code.await;
-        let answer = post(
-            sandbox,
-            &format!("/admin/mock-phone/scan-qr?phone={phone}{query}"),
-            &code,
-        )
-        .await;
+        let answer = post(sandbox, &format!("/admin/mock-phone/scan-qr?phone={phone}{query}"), &code).await;
         assert_eq!(answer["phone"], phone);
-        number
-            .seen
-            .until("PairSuccess", |event| {
-                matches!(event, Event::PairSuccess(_)).then_some(())
-            })
-            .await;
+        number.seen.until("PairSuccess", |event| matches!(event, Event::PairSuccess(_)).then_some(())).await;
         Self::ended(run).await;
         let run = number.run();
         number.seen.connected().await;
@@ -325,9 +294,7 @@ async fn start() -> RunningSandbox {
 
 async fn start_with(data: Option<std::path::PathBuf>) -> RunningSandbox {
     let listen = vec!["127.0.0.1:0".parse().expect("an address")];
-    Sandbox::start(SandboxConfig { listen, data, seed: 1 })
-        .await
-        .expect("a sandbox")
+    Sandbox::start(SandboxConfig { listen, data, seed: 1 }).await.expect("a sandbox")
 }
 
 async fn request(sandbox: &RunningSandbox, method: &str, path: &str, body: &str) -> String {
@@ -355,10 +322,7 @@ async fn stats(sandbox: &RunningSandbox, phone: &str) -> Value {
 
 async fn shown(sandbox: &RunningSandbox, phone: &str) -> Vec<Value> {
     let lines = request(sandbox, "GET", &format!("/admin/mock-phone/messages?phone={phone}"), "").await;
-    lines
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect()
+    lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
 }
 
 async fn phone_sends(sandbox: &RunningSandbox, from: &str, to: &str, text: &str) -> String {
@@ -376,10 +340,7 @@ async fn phone_shows(sandbox: &RunningSandbox, phone: &str, text: &str, status: 
             assert_eq!(matching.len(), 1, "{text} is shown once");
             return matching.remove(0);
         }
-        assert!(
-            Instant::now() < deadline,
-            "waited in vain for {text} ({status}): {matching:?}"
-        );
+        assert!(Instant::now() < deadline, "waited in vain for {text} ({status}): {matching:?}");
         tokio::task::yield_now().await;
     }
 }
@@ -388,12 +349,7 @@ async fn no_key_was_reused(sandbox: &RunningSandbox) {
     let stats = stats(sandbox, ALICE).await;
     assert_eq!(stats["signal_keys_reused"], 0, "{stats}");
     assert_eq!(stats["signal_identical_resent"], 0, "{stats}");
-    assert!(
-        stats["signal_keys_inspected"]
-            .as_u64()
-            .is_some_and(|inspected| inspected > 0),
-        "{stats}"
-    );
+    assert!(stats["signal_keys_inspected"].as_u64().is_some_and(|inspected| inspected > 0), "{stats}");
 }
 
 // ---- what must work -----------------------------------------------------------------------------------------------
@@ -403,10 +359,7 @@ async fn two_linked_numbers_chat_with_ticks() {
     let sandbox = start().await;
     let began = Instant::now();
     let (alice, alice_run) = Number::link(&sandbox, ALICE, "").await;
-    assert!(
-        began.elapsed() < Duration::from_secs(9),
-        "the key share spares the wait of ten seconds"
-    );
+    assert!(began.elapsed() < Duration::from_secs(9), "the key share spares the wait of ten seconds");
     let (bob, bob_run) = Number::link(&sandbox, BOB, "").await;
 
     let id = alice.send(BOB, "hello bob").await;
@@ -414,28 +367,17 @@ async fn two_linked_numbers_chat_with_ticks() {
     bob.seen.text("hello bob").await;
     alice.seen.receipt(&id, ReceiptType::Delivered).await;
     let line = phone_shows(&sandbox, BOB, "hello bob", "sent").await;
-    assert_eq!(
-        (&line["direction"], &line["times_received"]),
-        (&Value::from("in"), &Value::from(1))
-    );
+    assert_eq!((&line["direction"], &line["times_received"]), (&Value::from("in"), &Value::from(1)));
 
     let answer = bob.send(ALICE, "hello alice").await;
     alice.seen.text("hello alice").await;
     bob.seen.receipt(&answer, ReceiptType::Delivered).await;
 
-    bob.client
-        .mark_as_read(&Jid::pn(ALICE), None, &[&id])
-        .await
-        .expect("read");
+    bob.client.mark_as_read(&Jid::pn(ALICE), None, &[&id]).await.expect("read");
     alice.seen.receipt(&id, ReceiptType::Read).await;
     phone_shows(&sandbox, ALICE, "hello bob", "read").await;
 
-    let read = post(
-        &sandbox,
-        &format!("/admin/mock-phone/read?phone={ALICE}&peer={BOB}"),
-        "",
-    )
-    .await;
+    let read = post(&sandbox, &format!("/admin/mock-phone/read?phone={ALICE}&peer={BOB}"), "").await;
     assert_eq!(read["read"], 1);
     bob.seen.receipt(&answer, ReceiptType::Read).await;
 
@@ -476,6 +418,46 @@ async fn a_phone_writes_to_a_linked_number_also_while_it_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_backlog_arrives_whole_and_in_order() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    alice.leave(run).await;
+    let written: Vec<String> = (0..300).map(|number| format!("number {number}")).collect();
+    for text in &written {
+        phone_sends(&sandbox, CAROL, ALICE, text).await;
+    }
+    let back = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = back.run();
+    back.seen.text("number 299").await;
+    back.seen.connected().await;
+    let events = back.seen.events.lock().expect("lock").clone();
+    let arrived: Vec<String> = events.iter().flat_map(|event| texts(event)).map(|(text, _)| text).collect();
+    assert_eq!(arrived, written);
+    phone_shows(&sandbox, CAROL, "number 299", "delivered").await;
+    back.leave(run).await;
+    no_key_was_reused(&sandbox).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_can_be_linked_by_a_code_typed_into_the_phone() {
+    let sandbox = start().await;
+    let alice = Number::new(sandbox.ws_url(), Arc::new(InMemoryBackend::new())).await;
+    let run = alice.run();
+    alice.client.wait_for_socket(PATIENCE).await.expect("a socket");
+    let wanted = whatsapp_rust::pair_code::PairCodeOptions { phone_number: ALICE.into(), ..Default::default() };
+    let code = alice.client.pair_with_code(wanted).await.expect("a code");
+    let spelled = format!("{}-{}", &code[..4], code[4..].to_lowercase());
+    post(&sandbox, &format!("/admin/mock-phone/pair-code?phone={ALICE}"), &spelled).await;
+    alice.seen.until("PairSuccess", |event| matches!(event, Event::PairSuccess(_)).then_some(())).await;
+    Number::ended(run).await;
+    let run = alice.run();
+    alice.seen.connected().await;
+    phone_sends(&sandbox, CAROL, ALICE, "linked by code").await;
+    alice.seen.text("linked by code").await;
+    alice.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hidden_ids_work_as_addresses() {
     let sandbox = start().await;
     let (alice, alice_run) = Number::link(&sandbox, ALICE, "&lid=true").await;
@@ -484,12 +466,7 @@ async fn hidden_ids_work_as_addresses() {
     let chat = bob.seen.text("by hidden id").await;
     assert!(chat.is_lid(), "{chat}");
     alice.seen.receipt(&id, ReceiptType::Delivered).await;
-    let sent = post(
-        &sandbox,
-        &format!("/admin/mock-phone/send?from={CAROL}&to={ALICE}&lid=true"),
-        "psst",
-    )
-    .await;
+    let sent = post(&sandbox, &format!("/admin/mock-phone/send?from={CAROL}&to={ALICE}&lid=true"), "psst").await;
     assert!(sent["id"].is_string());
     assert!(alice.seen.text("psst").await.is_lid());
     alice.leave(alice_run).await;
@@ -503,10 +480,7 @@ async fn a_provisioned_device_logs_in_by_ik() {
     let (alice, alice_run) = Number::provisioned(&sandbox, ALICE).await;
     let (bob, bob_run) = Number::provisioned(&sandbox, BOB).await;
     let report = stats(&sandbox, ALICE).await;
-    assert_eq!(
-        (&report["logins"], &report["logins_by_ik"]),
-        (&Value::from(2), &Value::from(2))
-    );
+    assert_eq!((&report["logins"], &report["logins_by_ik"]), (&Value::from(2), &Value::from(2)));
     alice.send(BOB, "provisioned").await;
     bob.seen.text("provisioned").await;
     alice.leave(alice_run).await;
@@ -581,18 +555,10 @@ async fn a_second_login_replaces_the_first() {
     let second = Number::new(sandbox.ws_url(), first.backend.clone()).await;
     let second_run = second.run();
     second.seen.connected().await;
-    first
-        .seen
-        .until("StreamReplaced", |event| {
-            matches!(event, Event::StreamReplaced(_)).then_some(())
-        })
-        .await;
+    first.seen.until("StreamReplaced", |event| matches!(event, Event::StreamReplaced(_)).then_some(())).await;
     Number::ended(first_run).await;
     let stats = stats(&sandbox, ALICE).await;
-    assert_eq!(
-        (&stats["conflicts"], &stats["devices"]["1"]["most_at_once"]),
-        (&Value::from(1), &Value::from(2))
-    );
+    assert_eq!((&stats["conflicts"], &stats["devices"]["1"]["most_at_once"]), (&Value::from(1), &Value::from(2)));
     second.leave(second_run).await;
 }
 
@@ -604,23 +570,13 @@ async fn a_phone_that_lost_its_sessions_asks_again_and_shows_the_message_once() 
     alice.seen.text("hi").await;
     alice.send(CAROL, "warm").await;
     phone_shows(&sandbox, CAROL, "warm", "sent").await;
-    post(
-        &sandbox,
-        &format!("/admin/mock-phone/forget-sessions?phone={CAROL}"),
-        "",
-    )
-    .await;
+    post(&sandbox, &format!("/admin/mock-phone/forget-sessions?phone={CAROL}"), "").await;
 
     let id = alice.send(CAROL, "can you read this").await;
     phone_shows(&sandbox, CAROL, "can you read this", "sent").await;
     alice.seen.receipt(&id, ReceiptType::Delivered).await;
     let report = stats(&sandbox, ALICE).await;
-    assert!(
-        report["retry_receipts_from_phones"]
-            .as_u64()
-            .is_some_and(|asked| asked > 0),
-        "{report}"
-    );
+    assert!(report["retry_receipts_from_phones"].as_u64().is_some_and(|asked| asked > 0), "{report}");
     no_key_was_reused(&sandbox).await;
     alice.leave(run).await;
 }
@@ -637,9 +593,7 @@ async fn a_client_that_lost_its_session_asks_again_and_gets_the_message() {
     alice.leave(run).await;
 
     let store: Arc<dyn Backend> = alice.backend.clone();
-    let hidden = switchboard::sandbox::address::PhoneNumber::parse(CAROL)
-        .expect("a number")
-        .hidden();
+    let hidden = switchboard::sandbox::address::PhoneNumber::parse(CAROL).expect("a number").hidden();
     for user in [format!("{hidden}@lid"), format!("{CAROL}@c.us")] {
         for address in [user.clone(), format!("{user}.0")] {
             store.delete_session(&address).await.expect("deleted");
@@ -663,24 +617,12 @@ async fn a_message_sent_again_with_its_id_is_shown_once() {
     let sandbox = start().await;
     let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
     let (bob, bob_run) = Number::provisioned(&sandbox, BOB).await;
-    post(
-        &sandbox,
-        "/admin/fault",
-        &format!(r#"{{"phone":"{ALICE}","drop_acks":1}}"#),
-    )
-    .await;
+    post(&sandbox, "/admin/fault", &format!(r#"{{"phone":"{ALICE}","drop_acks":1}}"#)).await;
     let id = alice.send(BOB, "once").await;
     phone_shows(&sandbox, BOB, "once", "sent").await;
     let options = whatsapp_rust::SendOptions::default().with_message_id(&id);
-    let message = whatsapp_rust::waproto::whatsapp::Message {
-        conversation: Some("once".into()),
-        ..Default::default()
-    };
-    alice
-        .client
-        .send_message_with_options(Jid::pn(BOB), message, options)
-        .await
-        .expect("sent");
+    let message = whatsapp_rust::waproto::whatsapp::Message { conversation: Some("once".into()), ..Default::default() };
+    alice.client.send_message_with_options(Jid::pn(BOB), message, options).await.expect("sent");
     assert_eq!(alice.seen.acked(&id).await, None);
     let deadline = Instant::now() + PATIENCE;
     while phone_shows(&sandbox, BOB, "once", "sent").await["times_received"] != 2 {
@@ -695,12 +637,7 @@ async fn a_message_sent_again_with_its_id_is_shown_once() {
 async fn faults_refuse_and_repeat() {
     let sandbox = start().await;
     let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
-    post(
-        &sandbox,
-        "/admin/fault",
-        &format!(r#"{{"phone":"{ALICE}","nack":{{"code":463}},"duplicate":1}}"#),
-    )
-    .await;
+    post(&sandbox, "/admin/fault", &format!(r#"{{"phone":"{ALICE}","nack":{{"code":463}},"duplicate":1}}"#)).await;
     let id = alice.send(BOB, "refused").await;
     assert_eq!(alice.seen.acked(&id).await.as_deref(), Some("463"));
     assert!(shown(&sandbox, BOB).await.is_empty());
@@ -709,9 +646,7 @@ async fn faults_refuse_and_repeat() {
     phone_sends(&sandbox, BOB, ALICE, "twice on the wire").await;
     phone_sends(&sandbox, BOB, ALICE, "after it").await;
     alice.seen.text("after it").await;
-    let seen = alice
-        .seen
-        .count(|event| texts(event).iter().any(|(text, _)| text == "twice on the wire"));
+    let seen = alice.seen.count(|event| texts(event).iter().any(|(text, _)| text == "twice on the wire"));
     assert_eq!(seen, 1, "the library drops the repeated ciphertext");
     alice.leave(run).await;
 }
@@ -723,11 +658,7 @@ async fn some_numbers_are_not_on_whatsapp() {
     post(&sandbox, &format!("/admin/mock-phone/absent?phone={CAROL}"), "").await;
     let asked = [BOB, CAROL, "99912345678"].map(Jid::pn);
     let answers = alice.client.contacts().is_on_whatsapp(&asked).await.expect("answered");
-    let registered = |user: &str| {
-        answers
-            .iter()
-            .any(|answer| answer.jid.user == user && answer.is_registered)
-    };
+    let registered = |user: &str| answers.iter().any(|answer| answer.jid.user == user && answer.is_registered);
     assert!(registered(BOB), "{answers:?}");
     assert!(!registered(CAROL) && !registered("99912345678"), "{answers:?}");
     alice.leave(run).await;
@@ -761,10 +692,7 @@ async fn a_restarted_sandbox_knows_everybody() {
     phone_shows(&sandbox, CAROL, "still here", "sent").await;
     phone_shows(&sandbox, CAROL, "answer", "sent").await;
     let report = stats(&sandbox, ALICE).await;
-    assert_eq!(
-        (&report["retry_receipts"], &report["retry_receipts_from_phones"]),
-        (&Value::from(0), &Value::from(0))
-    );
+    assert_eq!((&report["retry_receipts"], &report["retry_receipts_from_phones"]), (&Value::from(0), &Value::from(0)));
     back.leave(run).await;
     sandbox.shutdown().await.expect("written");
     std::fs::remove_dir_all(&data).expect("removed");
@@ -775,12 +703,7 @@ async fn a_silent_server_never_connects_anybody() {
     let sandbox = start().await;
     let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
     alice.leave(run).await;
-    post(
-        &sandbox,
-        "/admin/fault",
-        &format!(r#"{{"phone":"{ALICE}","mute_iq":["passive"]}}"#),
-    )
-    .await;
+    post(&sandbox, "/admin/fault", &format!(r#"{{"phone":"{ALICE}","mute_iq":["passive"]}}"#)).await;
     let stuck = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
     let run = stuck.run();
     let deadline = Instant::now() + PATIENCE;

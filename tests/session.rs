@@ -43,22 +43,15 @@ struct World {
 }
 
 fn environment(url: String) -> Arc<LinkEnvironment> {
-    LinkEnvironment::new(LinkConfig {
-        url,
-        client_version: Some((2, 3000, 1)),
-    })
-    .unwrap()
+    LinkEnvironment::new(LinkConfig { url, client_version: Some((2, 3000, 1)) }).unwrap()
 }
 
 impl World {
     async fn start(name: &str) -> Self {
-        let sandbox = Sandbox::start(SandboxConfig {
-            listen: vec!["127.0.0.1:0".parse().unwrap()],
-            data: None,
-            seed: 7,
-        })
-        .await
-        .unwrap();
+        let sandbox =
+            Sandbox::start(SandboxConfig { listen: vec!["127.0.0.1:0".parse().unwrap()], data: None, seed: 7 })
+                .await
+                .unwrap();
         let environment = environment(sandbox.ws_url());
         let dir = std::env::temp_dir().join(format!("switchboard-session-{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
@@ -106,10 +99,7 @@ impl World {
     async fn provisioned(&self, id: u64, phone: &str) -> Number {
         let row = self.post(&format!("/admin/provision?phone={phone}"), "").await;
         let store = self.claim(id).await;
-        assert_eq!(
-            link::provision(&store, &row).await.unwrap(),
-            Phone::parse(phone).unwrap()
-        );
+        assert_eq!(link::provision(&store, &row).await.unwrap(), Phone::parse(phone).unwrap());
         Number::new(self, phone, store)
     }
 
@@ -118,8 +108,7 @@ impl World {
         let mut number = Number::new(self, phone, self.claim(id).await);
         number.pair();
         let code = number.qr().await;
-        self.post(&format!("/admin/mock-phone/scan-qr?phone={phone}&lid={lid}"), &code)
-            .await;
+        self.post(&format!("/admin/mock-phone/scan-qr?phone={phone}&lid={lid}"), &code).await;
         let paired = number
             .until(|event| match event {
                 SessionEvent::Paired { phone, .. } => Some(phone.clone()),
@@ -176,11 +165,7 @@ impl Number {
     }
 
     fn open(&mut self, purpose: Purpose) {
-        let slot = self
-            .slots
-            .clone()
-            .try_acquire_owned()
-            .expect("the previous socket is gone");
+        let slot = self.slots.clone().try_acquire_owned().expect("the previous socket is gone");
         let (events, told) = mpsc::channel(EVENTS_MAX);
         self.events = told;
         let params = LinkParams {
@@ -209,10 +194,7 @@ impl Number {
             SessionEvent::Inbound { messages, durable } => {
                 self.inbox.extend(messages.iter().cloned());
                 durable.send(Ok(())).unwrap();
-                SessionEvent::Inbound {
-                    messages,
-                    durable: oneshot::channel().0,
-                }
+                SessionEvent::Inbound { messages, durable: oneshot::channel().0 }
             }
             event => event,
         }
@@ -245,18 +227,13 @@ impl Number {
     }
 
     async fn online(&mut self) {
-        self.until(|event| matches!(event, SessionEvent::Online).then_some(()))
-            .await;
+        self.until(|event| matches!(event, SessionEvent::Online).then_some(())).await;
     }
 
     async fn closed(&mut self) -> CloseReason {
         loop {
             if let SessionEvent::Closed(reason) = self.event().await {
-                assert_eq!(
-                    self.slots.available_permits(),
-                    1,
-                    "the socket is gone before the end is told"
-                );
+                assert_eq!(self.slots.available_permits(), 1, "the socket is gone before the end is told");
                 assert!(self.events.recv().await.is_none(), "nothing after the end");
                 self.session = None;
                 self.seen.clear();
@@ -306,12 +283,11 @@ impl Number {
 
     async fn receipt(&mut self, id: &str, wanted: ReceiptKind) -> Contact {
         self.until(|event| match event {
-            SessionEvent::Receipt {
-                whatsapp_ids,
-                from,
-                kind,
-                ..
-            } if *kind == wanted && whatsapp_ids.iter().any(|seen| seen == id) => Some(from.clone()),
+            SessionEvent::Receipt { whatsapp_ids, from, kind, .. }
+                if *kind == wanted && whatsapp_ids.iter().any(|seen| seen == id) =>
+            {
+                Some(from.clone())
+            }
             _ => None,
         })
         .await
@@ -358,10 +334,7 @@ async fn two_numbers_link_chat_restart_and_go_on() {
 
     let id = alice.say(&bob.contact(), "hello").await;
     let heard = bob.hear("hello").await;
-    assert_eq!(
-        (heard.whatsapp_id.as_str(), heard.direction),
-        (id.as_str(), Direction::Inbound)
-    );
+    assert_eq!((heard.whatsapp_id.as_str(), heard.direction), (id.as_str(), Direction::Inbound));
     assert_eq!(heard.chat.phone, alice.contact().phone);
     let from = alice.receipt(&id, ReceiptKind::Delivered).await;
     assert_eq!(from.phone, bob.contact().phone);
@@ -369,13 +342,9 @@ async fn two_numbers_link_chat_restart_and_go_on() {
     alice.hear("hello yourself").await;
     eventually("the phone shows both", || async { world.shown(BOB).await.len() == 2 }).await;
 
-    world
-        .post(&format!("/admin/mock-phone/read?phone={BOB}&peer={ALICE}"), "")
-        .await;
+    world.post(&format!("/admin/mock-phone/read?phone={BOB}&peer={ALICE}"), "").await;
     alice.receipt(&id, ReceiptKind::Read).await;
-    alice
-        .until(|event| matches!(event, SessionEvent::Alive).then_some(()))
-        .await;
+    alice.until(|event| matches!(event, SessionEvent::Alive).then_some(())).await;
 
     alice.close().await;
     bob.say(&alice.contact(), "while you were away").await;
@@ -387,26 +356,13 @@ async fn two_numbers_link_chat_restart_and_go_on() {
         alice.say(&bob.contact(), &text).await;
         bob.hear(&text).await;
     }
-    let own = world
-        .post(
-            &format!("/admin/mock-phone/send?from={ALICE}&to={BOB}"),
-            "from the phone itself",
-        )
-        .await;
+    let own = world.post(&format!("/admin/mock-phone/send?from={ALICE}&to={BOB}"), "from the phone itself").await;
     assert!(own.contains("id"));
     let own = alice.hear("from the phone itself").await;
-    assert_eq!(
-        (own.direction, own.chat.phone),
-        (Direction::OwnDevice, bob.contact().phone)
-    );
+    assert_eq!((own.direction, own.chat.phone), (Direction::OwnDevice, bob.contact().phone));
 
     let stats = world.stats().await;
-    for never in [
-        "retry_receipts",
-        "retry_receipts_from_phones",
-        "devices_connected_twice",
-        "conflicts",
-    ] {
+    for never in ["retry_receipts", "retry_receipts_from_phones", "devices_connected_twice", "conflicts"] {
         assert_eq!(stats[never], 0, "{never} {stats}");
     }
     assert_eq!(stats["signal_keys_reused"], 0, "{stats}");
@@ -427,10 +383,7 @@ async fn accounts_addressed_by_lid_are_known_by_both_addresses() {
     let from = alice.receipt(&id, ReceiptKind::Delivered).await;
     assert_eq!(from.phone, bob.contact().phone);
     // A chat that is known by its LID alone can be answered too.
-    let by_lid = Contact {
-        phone: None,
-        lid: heard.chat.lid,
-    };
+    let by_lid = Contact { phone: None, lid: heard.chat.lid };
     bob.say(&by_lid, "hello yourself").await;
     assert_eq!(alice.hear("hello yourself").await.chat.phone, bob.contact().phone);
     alice.close().await;
@@ -448,10 +401,7 @@ async fn a_message_that_cannot_be_decrypted_keeps_its_place_and_comes_again() {
     world.post(&from_bob, "first").await;
     let first = alice.hear("first").await;
     alice.say(&first.chat, "answer").await;
-    eventually("the phone has the answer", || async {
-        world.shown(BOB).await.len() == 2
-    })
-    .await;
+    eventually("the phone has the answer", || async { world.shown(BOB).await.len() == 2 }).await;
     world.post(&from_bob, "second").await;
     alice.hear("second").await;
     // What is not acknowledged yet would come again and mend the session before the message that matters.
@@ -503,9 +453,7 @@ async fn nothing_is_acknowledged_before_it_is_durable() {
         }
     };
     // Another chat goes on meanwhile, and its receipt is the only one that leaves.
-    world
-        .post(&format!("/admin/mock-phone/send?from={CAROL}&to={BOB}"), "fast")
-        .await;
+    world.post(&format!("/admin/mock-phone/send?from={CAROL}&to={BOB}"), "fast").await;
     bob.hear("fast").await;
     eventually("the other chat is acknowledged", || async { receipts().await == 2 }).await;
 
@@ -524,12 +472,7 @@ async fn what_was_not_made_durable_comes_again_after_a_reconnect() {
     let mut alice = world.provisioned(1, ALICE).await;
     alice.connect();
     alice.online().await;
-    world
-        .post(
-            &format!("/admin/mock-phone/send?from={BOB}&to={ALICE}"),
-            "do not lose me",
-        )
-        .await;
+    world.post(&format!("/admin/mock-phone/send?from={BOB}&to={ALICE}"), "do not lose me").await;
     loop {
         let event = timeout(PATIENCE, alice.events.recv()).await.unwrap().unwrap();
         if let SessionEvent::Inbound { durable, .. } = event {
@@ -545,10 +488,7 @@ async fn what_was_not_made_durable_comes_again_after_a_reconnect() {
     alice.connect();
     alice.hear("do not lose me").await;
     alice.online().await;
-    eventually("the phone's message is delivered once", || async {
-        world.shown(BOB).await.len() == 1
-    })
-    .await;
+    eventually("the phone's message is delivered once", || async { world.shown(BOB).await.len() == 1 }).await;
     alice.close().await;
     world.end().await;
 }
@@ -559,29 +499,21 @@ async fn another_phone_is_refused_and_the_right_one_can_still_scan() {
     let mut alice = Number::new(&world, ALICE, world.claim(1).await);
     alice.pair();
     let code = alice.qr().await;
-    world
-        .post(&format!("/admin/mock-phone/scan-qr?phone={CAROL}"), &code)
-        .await;
-    let refused = CloseReason::PairingRefused {
-        code: "WRONG_NUMBER".to_owned(),
-    };
+    world.post(&format!("/admin/mock-phone/scan-qr?phone={CAROL}"), &code).await;
+    let refused = CloseReason::PairingRefused { code: "WRONG_NUMBER".to_owned() };
     assert_eq!(alice.closed().await, refused);
     assert!(!link::is_linked(&alice.store).await);
     assert_eq!(world.stats().await["linked"], 0, "the phone was never told yes");
 
     alice.pair();
     let code = alice.qr().await;
-    world
-        .post(&format!("/admin/mock-phone/scan-qr?phone={ALICE}"), &code)
-        .await;
+    world.post(&format!("/admin/mock-phone/scan-qr?phone={ALICE}"), &code).await;
     alice.online().await;
     assert!(link::is_linked(&alice.store).await);
     alice.close().await;
 
     alice.pair();
-    let linked = CloseReason::PairingRefused {
-        code: "ALREADY_LINKED".to_owned(),
-    };
+    let linked = CloseReason::PairingRefused { code: "ALREADY_LINKED".to_owned() };
     assert_eq!(alice.closed().await, linked);
     world.end().await;
 }
@@ -700,11 +632,7 @@ async fn logout_dropped_handle_and_shutdown_close_politely() {
     assert_eq!(alice.closed().await, CloseReason::LoggedOut { code: 401 });
     link::forget_device(&alice.store).await.unwrap();
     alice.connect();
-    assert_eq!(
-        alice.closed().await,
-        CloseReason::LoggedOut { code: 401 },
-        "nothing to log in with"
-    );
+    assert_eq!(alice.closed().await, CloseReason::LoggedOut { code: 401 }, "nothing to log in with");
 
     let mut bob = world.provisioned(2, BOB).await;
     bob.connect();
@@ -727,10 +655,9 @@ async fn a_server_that_is_not_whatsapp_is_told_apart() {
     alice.connect();
     assert_eq!(alice.closed().await, CloseReason::Unreachable);
 
-    for (answer, expected) in [
-        (Some(b"\x00\x00\x05hello".as_slice()), CloseReason::HandshakeRefused),
-        (None, CloseReason::HandshakeSilent),
-    ] {
+    for (answer, expected) in
+        [(Some(b"\x00\x00\x05hello".as_slice()), CloseReason::HandshakeRefused), (None, CloseReason::HandshakeSilent)]
+    {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving = tokio::spawn(async move {
@@ -773,10 +700,7 @@ async fn a_server_that_stops_answering_is_left() {
             break reason;
         }
     };
-    assert!(
-        matches!(reason, CloseReason::ConnectionLost | CloseReason::Unresponsive),
-        "{reason:?}"
-    );
+    assert!(matches!(reason, CloseReason::ConnectionLost | CloseReason::Unresponsive), "{reason:?}");
     assert!(begun.elapsed() < Duration::from_secs(95), "{:?}", begun.elapsed());
     world.post("/admin/fault", r#"{"clear":true}"#).await;
     alice.connect();

@@ -233,9 +233,6 @@ mod tests {
             assert!(!none.wants(kind));
             assert!(all.wants(kind));
         }
-        assert_eq!(
-            EventFilter::parse(["message.sent", "message.typo"]),
-            Err("message.typo")
-        );
+        assert_eq!(EventFilter::parse(["message.sent", "message.typo"]), Err("message.typo"));
     }
 }

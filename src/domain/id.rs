@@ -42,10 +42,7 @@ fn decode_word(text: &str) -> Option<u64> {
 
 fn decode_words<const N: usize>(text: &str, kind: &'static str) -> Result<[u64; N], InvalidId> {
     let invalid = InvalidId { kind };
-    let rest = text
-        .strip_prefix(kind)
-        .and_then(|rest| rest.strip_prefix('_'))
-        .ok_or(invalid)?;
+    let rest = text.strip_prefix(kind).and_then(|rest| rest.strip_prefix('_')).ok_or(invalid)?;
     if !rest.is_ascii() || rest.len() != N * WORD_CHARS {
         return Err(invalid);
     }
@@ -108,16 +105,12 @@ macro_rules! text_form {
 /// One WhatsApp connection. Random, never the phone number.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NumberId(pub u64);
-text_form!(NumberId, "num", 1, |[n]: [u64; 1]| Some(NumberId(n)), |id: NumberId| [
-    id.0
-]);
+text_form!(NumberId, "num", 1, |[n]: [u64; 1]| Some(NumberId(n)), |id: NumberId| [id.0]);
 
 /// The owner of numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TenantId(pub u64);
-text_form!(TenantId, "ten", 1, |[n]: [u64; 1]| Some(TenantId(n)), |id: TenantId| [
-    id.0
-]);
+text_form!(TenantId, "ten", 1, |[n]: [u64; 1]| Some(TenantId(n)), |id: TenantId| [id.0]);
 
 /// Position of a message in its number's history; grows by arrival, both directions share it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -139,10 +132,7 @@ text_form!(
     MessageId,
     "msg",
     2,
-    |[n, s]: [u64; 2]| Some(MessageId {
-        number: NumberId(n),
-        seq: MessageSeq(s)
-    }),
+    |[n, s]: [u64; 2]| Some(MessageId { number: NumberId(n), seq: MessageSeq(s) }),
     |id: MessageId| [id.number.0, id.seq.0]
 );
 
@@ -158,10 +148,7 @@ text_form!(
     EventId,
     "evt",
     2,
-    |[n, s]: [u64; 2]| Some(EventId {
-        number: NumberId(n),
-        seq: EventSeq(s)
-    }),
+    |[n, s]: [u64; 2]| Some(EventId { number: NumberId(n), seq: EventSeq(s) }),
     |id: EventId| [id.number.0, id.seq.0]
 );
 
@@ -177,10 +164,7 @@ text_form!(
     EndpointId,
     "whk",
     2,
-    |[n, o]: [u64; 2]| Some(EndpointId {
-        number: NumberId(n),
-        ordinal: u32::try_from(o).ok()?
-    }),
+    |[n, o]: [u64; 2]| Some(EndpointId { number: NumberId(n), ordinal: u32::try_from(o).ok()? }),
     |id: EndpointId| [id.number.0, u64::from(id.ordinal)]
 );
 

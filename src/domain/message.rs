@@ -39,7 +39,7 @@ impl std::fmt::Debug for MessageRecord {
 }
 
 /// Who wrote a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Direction {
     /// The other side.
     Inbound,
@@ -203,11 +203,13 @@ impl Progress {
     };
 
     /// Climbs to `status` if that is higher. Returns whether anything changed; a skipped rung's time stays empty.
+    /// `at` comes from another clock, often in whole seconds: it never lies before the rung below.
     pub fn climb(&mut self, status: MessageStatus, at: Timestamp, failure: Option<FailureCode>) -> bool {
         if status.rung() <= self.status.rung() {
             return false;
         }
         self.status = status;
+        let at = [self.sent_at, self.delivered_at].into_iter().flatten().fold(at, Timestamp::max);
         let slot = match status {
             MessageStatus::Queued => return false,
             MessageStatus::Sent => &mut self.sent_at,
@@ -254,11 +256,7 @@ mod tests {
     #[test]
     fn a_receipt_after_a_failure_proves_it_was_sent() {
         let mut progress = Progress::QUEUED;
-        assert!(progress.climb(
-            MessageStatus::Failed,
-            Timestamp(1),
-            Some(FailureCode::AttemptsExhausted)
-        ));
+        assert!(progress.climb(MessageStatus::Failed, Timestamp(1), Some(FailureCode::AttemptsExhausted)));
         assert!(progress.climb(MessageStatus::Delivered, Timestamp(2), None));
         assert_eq!((progress.status, progress.failure), (MessageStatus::Delivered, None));
     }

@@ -1,8 +1,19 @@
 //! The rules, pure: no async, no clock, no randomness, no I/O. Everything here can be replayed from its inputs.
 
+pub mod access;
+pub mod ack;
+pub mod change;
 pub mod close;
+pub mod delivery;
 pub mod event;
+pub mod gate;
 pub mod id;
+pub mod lifecycle;
+pub mod limiter;
 pub mod message;
+pub mod number;
+pub mod outbox;
 pub mod phone;
+pub mod restart;
 pub mod time;
+pub mod webhook;

@@ -99,10 +99,7 @@ impl Contact {
     /// A contact known by phone number only.
     #[must_use]
     pub fn of_phone(phone: Phone) -> Self {
-        Self {
-            phone: Some(phone),
-            lid: None,
-        }
+        Self { phone: Some(phone), lid: None }
     }
 
     /// The addresses under which the chat of this contact is filed, phone first. Clear text: for store keys, which are hashed.
@@ -133,11 +130,7 @@ mod tests {
     #[test]
     fn accepts_what_people_write_and_nothing_else() {
         for text in ["+5511999999999", "5511999999999", "+55 (11) 99999-9999"] {
-            assert_eq!(
-                Phone::parse(text).map(|phone| phone.e164()),
-                Ok("+5511999999999".to_owned()),
-                "{text}"
-            );
+            assert_eq!(Phone::parse(text).map(|phone| phone.e164()), Ok("+5511999999999".to_owned()), "{text}");
         }
         for text in ["", "abc", "+123", "0111111111", "1234567890123456", "+55x1199999999"] {
             assert_eq!(Phone::parse(text), Err(InvalidPhone), "{text}");

@@ -146,13 +146,7 @@ impl Account {
 
     fn assemble(phone: PhoneNumber, dirty: bool, state: AccountState) -> Self {
         let (saving, turn) = (Mutex::new(()), Mutex::new(()));
-        Self {
-            phone,
-            dirty: AtomicBool::new(dirty),
-            saving,
-            turn,
-            state: Mutex::new(state),
-        }
+        Self { phone, dirty: AtomicBool::new(dirty), saving, turn, state: Mutex::new(state) }
     }
 
     /// Keeps two writers of the account's file apart, from taking the state to replacing the file.
@@ -189,10 +183,7 @@ impl Account {
     /// The form to store.
     pub fn stored(&self) -> Result<StoredAccount> {
         let state = self.state();
-        let companions = state
-            .companions
-            .iter()
-            .map(|(device, companion)| Ok((*device, companion.stored()?)));
+        let companions = state.companions.iter().map(|(device, companion)| Ok((*device, companion.stored()?)));
         Ok(StoredAccount {
             phone: self.phone.clone(),
             person: state.person.stored()?,
@@ -233,53 +224,32 @@ impl AccountState {
             account_signature: Some(signature),
             ..Default::default()
         };
-        Ok(Place {
-            device,
-            key_index,
-            identity,
-        })
+        Ok(Place { device, key_index, identity })
     }
 
     fn sign(&self, prefix: &[u8], parts: &[&[u8]]) -> Result<Vec<u8>> {
         let message = [&[prefix], parts].concat().concat();
-        let signature = self
-            .person
-            .signal
-            .identity()
-            .private_key
-            .calculate_signature(&message, &mut rand::rng())?;
+        let signature = self.person.signal.identity().private_key.calculate_signature(&message, &mut rand::rng())?;
         Ok(signature.to_vec())
     }
 
     /// The signed list of devices.
     pub fn listing(&self) -> Result<Listing> {
-        let companions = self
-            .companions
-            .iter()
-            .map(|(device, companion)| (*device, companion.key_index));
+        let companions = self.companions.iter().map(|(device, companion)| (*device, companion.key_index));
         let companions: Vec<(u16, u32)> = companions.collect();
         let at = stanza::now();
         let details = ADVKeyIndexList {
             raw_id: Some(self.raw_id),
             timestamp: Some(at),
             current_index: Some(self.next_key_index - 1),
-            valid_indexes: std::iter::once(0)
-                .chain(companions.iter().map(|(_, key_index)| *key_index))
-                .collect(),
+            valid_indexes: std::iter::once(0).chain(companions.iter().map(|(_, key_index)| *key_index)).collect(),
             ..Default::default()
         }
         .encode_to_vec();
         let signature = self.sign(&KEY_INDEX_SIGNATURE, &[&details])?;
-        let signed = ADVSignedKeyIndexList {
-            details: Some(details),
-            account_signature: Some(signature),
-            ..Default::default()
-        };
-        Ok(Listing {
-            companions,
-            key_index_list: signed.encode_to_vec(),
-            at,
-        })
+        let signed =
+            ADVSignedKeyIndexList { details: Some(details), account_signature: Some(signature), ..Default::default() };
+        Ok(Listing { companions, key_index_list: signed.encode_to_vec(), at })
     }
 }
 
@@ -319,11 +289,7 @@ impl Companion {
     }
 
     fn stored(&self) -> Result<StoredCompanion> {
-        let backlog = self
-            .backlog
-            .nodes()
-            .map(marshal)
-            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let backlog = self.backlog.nodes().map(marshal).collect::<std::result::Result<Vec<_>, _>>()?;
         Ok(StoredCompanion {
             key_index: self.key_index,
             registration_id: self.registration_id,

@@ -43,11 +43,7 @@ impl PhoneNumber {
         if !mirrored.bytes().all(|b| b.is_ascii_digit()) {
             return None;
         }
-        let digits: String = mirrored
-            .bytes()
-            .rev()
-            .map(|digit| char::from(b'9' - (digit - b'0')))
-            .collect();
+        let digits: String = mirrored.bytes().rev().map(|digit| char::from(b'9' - (digit - b'0'))).collect();
         Self::parse(&digits)
     }
 
@@ -62,8 +58,10 @@ impl PhoneNumber {
 pub enum Namespace {
     /// `number@s.whatsapp.net`
     #[default]
+    #[serde(rename = "pn")]
     Phone,
     /// `hidden@lid`
+    #[serde(rename = "lid")]
     Hidden,
 }
 

@@ -8,6 +8,7 @@ use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::faults::{LoginFailure, Order};
 use crate::sandbox::link::Farewell;
 use crate::sandbox::login::{conflict, failure};
+use crate::sandbox::pair_code;
 use crate::sandbox::pairing;
 use crate::sandbox::signal_store::SignedKey;
 use crate::sandbox::stanza::tag;
@@ -37,6 +38,7 @@ pub fn router(world: Arc<World>) -> Router {
         .route("/admin/kick", post(kick))
         .route("/admin/provision", post(provision))
         .route("/admin/mock-phone/scan-qr", post(scan_qr))
+        .route("/admin/mock-phone/pair-code", post(enter_code))
         .route("/admin/mock-phone/send", post(send))
         .route("/admin/mock-phone/read", post(read))
         .route("/admin/mock-phone/messages", get(messages))
@@ -125,9 +127,7 @@ async fn kick(State(world): Shared, Query(query): Query<Kick>) -> Answer {
         }
     }
     if query.unlink || query.code == "device_removed" {
-        state
-            .companions
-            .retain(|device, _| query.device.is_some_and(|wanted| wanted != *device));
+        state.companions.retain(|device, _| query.device.is_some_and(|wanted| wanted != *device));
         account.dirty.store(true, std::sync::atomic::Ordering::Release);
     }
     Ok(axum::Json(json!({ "kicked": kicked })))
@@ -142,12 +142,7 @@ fn farewell(code: &str) -> Option<Farewell> {
         "402" | "403" | "405" | "406" => {
             let reason = code.parse().ok()?;
             let ban = reason == 402;
-            failure(&LoginFailure {
-                reason,
-                code: ban.then_some(101),
-                expire: ban.then_some(3_600),
-                count: 0,
-            })
+            failure(&LoginFailure { reason, code: ban.then_some(101), expire: ban.then_some(3_600), count: 0 })
         }
         _ => tag("stream:error").attr("code", code.parse::<u16>().ok()?).build(),
     };
@@ -163,6 +158,16 @@ async fn scan_qr(State(world): Shared, Query(query): Query<Whose>, body: Bytes) 
         "jid": Namespace::Phone.device(&device).to_string(),
         "lid": Namespace::Hidden.device(&device).to_string(),
     })))
+}
+
+/// `POST /admin/mock-phone/pair-code?phone=N[&lid=true]`, body: the code the device shows → `{}`; the person enters it
+/// on the phone. Whether it was right shows when the device is linked.
+async fn enter_code(State(world): Shared, Query(query): Query<Whose>, body: Bytes) -> Answer {
+    let (phone, code) = (number(&query.phone)?, text(&body)?.to_owned());
+    // Stretching the code takes a while by design.
+    let entered = tokio::task::spawn_blocking(move || pair_code::enter(&world, &phone, &code, query.lid)).await;
+    entered.map_err(|_| SandboxError::Conflict("the phone gave up"))??;
+    Ok(axum::Json(json!({})))
 }
 
 #[derive(Deserialize)]
@@ -233,12 +238,7 @@ struct Unlink {
 
 /// `POST /admin/mock-phone/unlink?phone=N[&device=K]` → `{"kicked": n}`; the person removes linked devices.
 async fn unlink(state: Shared, Query(query): Query<Unlink>) -> Answer {
-    let kick_out = Kick {
-        phone: query.phone,
-        code: "device_removed".to_owned(),
-        device: query.device,
-        unlink: true,
-    };
+    let kick_out = Kick { phone: query.phone, code: "device_removed".to_owned(), device: query.device, unlink: true };
     kick(state, Query(kick_out)).await
 }
 
@@ -262,14 +262,8 @@ async fn provision(State(world): Shared, Query(query): Query<Whose>) -> Result<a
     let mut state = account.state();
     let place = state.reserve(&identity)?;
     let input = device_signature_input(&place.identity, &identity);
-    let signature = device
-        .identity_key
-        .private_key
-        .calculate_signature(&input, &mut rand::rng())?;
-    let adv = ADVSignedDeviceIdentity {
-        device_signature: Some(signature.to_vec()),
-        ..place.identity
-    };
+    let signature = device.identity_key.private_key.calculate_signature(&input, &mut rand::rng())?;
+    let adv = ADVSignedDeviceIdentity { device_signature: Some(signature.to_vec()), ..place.identity };
     let companion = Companion::new(place.key_index, registration, adv.encode_to_vec(), false);
     state.companions.insert(place.device, companion);
     let address = DeviceAddress::new(phone, place.device);

@@ -49,9 +49,7 @@ impl AppStateKey {
             timestamp: Some(self.created as i64 * 1_000),
         };
         let key = AppStateSyncKey {
-            key_id: MessageField::some(AppStateSyncKeyId {
-                key_id: Some(self.id.clone()),
-            }),
+            key_id: MessageField::some(AppStateSyncKeyId { key_id: Some(self.id.clone()) }),
             key_data: MessageField::some(data),
         };
         let protocol = ProtocolMessage {
@@ -59,10 +57,7 @@ impl AppStateKey {
             app_state_sync_key_share: MessageField::some(AppStateSyncKeyShare { keys: vec![key] }),
             ..Default::default()
         };
-        wa::Message {
-            protocol_message: MessageField::some(protocol),
-            ..Default::default()
-        }
+        wa::Message { protocol_message: MessageField::some(protocol), ..Default::default() }
     }
 }
 
@@ -70,15 +65,10 @@ impl AppStateKey {
 pub fn answer(iq: &Node) -> Node {
     let asked = iq.get_optional_child("sync").map(children).unwrap_or_default();
     let collections = asked.iter().filter(|node| node.tag == "collection").map(|collection| {
-        let version: u64 = attr(collection, "version")
-            .and_then(|version| version.parse().ok())
-            .unwrap_or(0);
+        let version: u64 = attr(collection, "version").and_then(|version| version.parse().ok()).unwrap_or(0);
         let patched = u64::from(collection.get_optional_child("patch").is_some());
         let name = attr(collection, "name").unwrap_or_default().into_owned();
-        tag("collection")
-            .attr("name", name)
-            .attr("version", version + patched)
-            .build()
+        tag("collection").attr("name", name).attr("version", version + patched).build()
     });
     stanza::result(iq, [tag("sync").children(collections).build()])
 }

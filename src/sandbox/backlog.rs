@@ -42,10 +42,7 @@ impl Backlog {
         if self.waiting.len() >= BACKLOG_LIMIT {
             return false;
         }
-        self.waiting.push_back(Waiting {
-            sequence: self.next,
-            node,
-        });
+        self.waiting.push_back(Waiting { sequence: self.next, node });
         self.next += 1;
         true
     }
@@ -66,21 +63,12 @@ impl Backlog {
     /// Up to `limit` stanzas with `from <= sequence < end`.
     pub fn range(&self, from: u64, end: u64, limit: usize) -> Vec<Waiting> {
         let start = self.waiting.partition_point(|waiting| waiting.sequence < from);
-        self.waiting
-            .iter()
-            .skip(start)
-            .take_while(|waiting| waiting.sequence < end)
-            .take(limit)
-            .cloned()
-            .collect()
+        self.waiting.iter().skip(start).take_while(|waiting| waiting.sequence < end).take(limit).cloned().collect()
     }
 
     /// What waits.
     pub fn preview(&self) -> Preview {
-        let mut preview = Preview {
-            count: self.waiting.len(),
-            ..Preview::default()
-        };
+        let mut preview = Preview { count: self.waiting.len(), ..Preview::default() };
         for waiting in &self.waiting {
             match waiting.node.tag.as_ref() {
                 "message" => preview.messages += 1,
@@ -115,20 +103,9 @@ mod tests {
         assert!(backlog.acknowledge("message", "b"));
         assert!(!backlog.acknowledge("message", "b"));
         assert!(!backlog.acknowledge("receipt", "a"));
-        let left: Vec<u64> = backlog
-            .range(0, backlog.end(), 10)
-            .iter()
-            .map(|waiting| waiting.sequence)
-            .collect();
+        let left: Vec<u64> = backlog.range(0, backlog.end(), 10).iter().map(|waiting| waiting.sequence).collect();
         assert_eq!(left, [0, 2]);
-        assert_eq!(
-            backlog.preview(),
-            Preview {
-                count: 2,
-                messages: 2,
-                ..Preview::default()
-            }
-        );
+        assert_eq!(backlog.preview(), Preview { count: 2, messages: 2, ..Preview::default() });
     }
 
     #[test]
@@ -138,11 +115,7 @@ mod tests {
             backlog.push(message(id));
         }
         let sequences = |from, end, limit| -> Vec<u64> {
-            backlog
-                .range(from, end, limit)
-                .iter()
-                .map(|waiting| waiting.sequence)
-                .collect()
+            backlog.range(from, end, limit).iter().map(|waiting| waiting.sequence).collect()
         };
         assert_eq!(sequences(1, 3, 10), [1, 2]);
         assert_eq!(sequences(0, 4, 1), [0]);

@@ -44,12 +44,7 @@ impl ServerKeys {
     /// New keys, valid from yesterday so that a skewed clock does not matter.
     pub fn generate() -> Self {
         let private = || KeyPair::generate(&mut rand::rng()).private_key.serialize().to_vec();
-        Self {
-            root: private(),
-            intermediate: private(),
-            noise: private(),
-            not_before: stanza::now() - DAY,
-        }
+        Self { root: private(), intermediate: private(), noise: private(), not_before: stanza::now() - DAY }
     }
 }
 
@@ -81,10 +76,7 @@ impl ServerIdentity {
             }
             .encode_to_vec();
             let signature = issuer.private_key.calculate_signature(&details, &mut rand::rng())?;
-            Ok(NoiseCertificate {
-                details: Some(details),
-                signature: Some(signature.to_vec()),
-            })
+            Ok(NoiseCertificate { details: Some(details), signature: Some(signature.to_vec()) })
         };
         let chain = CertChain {
             intermediate: MessageField::some(certificate(INTERMEDIATE_SERIAL, ROOT_SERIAL, &intermediate, &root)?),
@@ -93,24 +85,11 @@ impl ServerIdentity {
         .encode_to_vec();
         let cached = |pair: &KeyPair| -> Result<CachedNoiseCert> {
             let (not_before, not_after) = (keys.not_before as i64, not_after as i64);
-            Ok(CachedNoiseCert {
-                key: public_bytes(pair)?,
-                not_before,
-                not_after,
-            })
+            Ok(CachedNoiseCert { key: public_bytes(pair)?, not_before, not_after })
         };
-        let cached = CachedServerCertChain {
-            intermediate: cached(&intermediate)?,
-            leaf: cached(&noise)?,
-        };
+        let cached = CachedServerCertChain { intermediate: cached(&intermediate)?, leaf: cached(&noise)? };
         let root_public = public_bytes(&root)?;
-        Ok(Self {
-            keys,
-            root_public,
-            noise,
-            chain,
-            cached,
-        })
+        Ok(Self { keys, root_public, noise, chain, cached })
     }
 
     /// What to store.

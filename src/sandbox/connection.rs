@@ -89,18 +89,10 @@ async fn greet<S>(socket: WebSocketStream<S>, world: &Arc<World>, link: &Arc<Lin
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut stream = ByteStream {
-        socket,
-        frames: FrameDecoder::new(),
-    };
+    let mut stream = ByteStream { socket, frames: FrameDecoder::new() };
     let (established, by_ik) = stream.shake_hands(world).await?;
     let admission = admit(world, link, by_ik, &established).await?;
-    let mut wire = Wire {
-        stream,
-        keys: established,
-        sent: 0,
-        received: 0,
-    };
+    let mut wire = Wire { stream, keys: established, sent: 0, received: 0 };
     match admission {
         Admission::Unlinked(offer, query) => {
             wire.send(world, &[query]).await?;
@@ -163,10 +155,7 @@ fn react(world: &Arc<World>, peer: &Peer, node: &Node) -> Vec<Reaction> {
             Some("get" | "set") => query::react(world, device, node),
             _ => Vec::new(),
         },
-        "message" => message::from_device(world, device, node)
-            .map(Reaction::Reply)
-            .into_iter()
-            .collect(),
+        "message" => message::from_device(world, device, node).map(Reaction::Reply).into_iter().collect(),
         "receipt" => vec![Reaction::Reply(receipt::from_device(world, device, node))],
         "ack" => {
             if let (Some(class), Some(id)) = (attr(node, "class"), attr(node, "id")) {
@@ -232,15 +221,10 @@ fn become_active(world: &World, peer: &mut Peer) -> Option<Node> {
     if session.progress != Progress::Passive {
         return None;
     }
-    let seen = world.with_companion(&session.device, |companion| {
-        (companion.backlog.preview(), companion.backlog.end())
-    });
+    let seen =
+        world.with_companion(&session.device, |companion| (companion.backlog.preview(), companion.backlog.end()));
     let (preview, end) = seen?;
-    session.progress = Progress::Draining {
-        next: 0,
-        end,
-        written: 0,
-    };
+    session.progress = Progress::Draining { next: 0, end, written: 0 };
     if preview.count == 0 {
         return None;
     }
@@ -289,11 +273,7 @@ fn next_batch(world: &World, session: &mut Session) -> Vec<Node> {
             session.progress = Progress::Live { next: end };
             return nodes;
         }
-        Progress::Draining {
-            next: position,
-            written: before,
-            ..
-        } => {
+        Progress::Draining { next: position, written: before, .. } => {
             for (index, node) in nodes.iter_mut().enumerate() {
                 node.attrs.insert("offline", *before + index);
             }
@@ -333,7 +313,7 @@ impl<S> ByteStream<S>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    async fn bytes(&mut self) -> Result<whatsapp_rust::bytes::Bytes> {
+    async fn bytes(&mut self) -> Result<bytes::Bytes> {
         loop {
             match self.socket.next().await.ok_or(SandboxError::Closed)?? {
                 Message::Binary(bytes) => return Ok(bytes),
@@ -420,5 +400,24 @@ where
             // The close frame is a courtesy; the socket closes either way.
             let _ = timeout(CLOSE_AT_MOST, self.stream.socket.close(None)).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::persistence::Files;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+
+    /// Ten thousand of them live in one process.
+    const LARGEST: usize = 8 * 1024;
+
+    #[tokio::test]
+    async fn the_state_of_a_connection_is_small() {
+        let world = Arc::new(World::open(Files::default(), 1).expect("a world"));
+        let (_, stream) = tokio::io::duplex(64);
+        let socket = WebSocketStream::from_raw_socket(stream, Role::Server, None).await;
+        let connection = run(socket, world);
+        assert!(size_of_val(&connection) <= LARGEST, "{} bytes", size_of_val(&connection));
     }
 }

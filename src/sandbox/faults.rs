@@ -134,15 +134,10 @@ impl Faults {
 
     /// Whether a query stays unanswered.
     pub fn mutes(&self, phone: &PhoneNumber, kind: &str) -> bool {
-        let covers = |muted: &str| {
-            kind.strip_prefix(muted)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
-        };
+        let covers =
+            |muted: &str| kind.strip_prefix(muted).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'));
         let muted = |order: &mut Order| {
-            let by_name = order
-                .mute_iq
-                .as_ref()
-                .is_some_and(|muted| muted.iter().any(|muted| covers(muted)));
+            let by_name = order.mute_iq.as_ref().is_some_and(|muted| muted.iter().any(|muted| covers(muted)));
             let as_ping = order.mute_pings == Some(true) && covers_pings(kind);
             (by_name || as_ping).then_some(())
         };
@@ -172,14 +167,12 @@ impl Faults {
 
     /// Whether the next ack is swallowed.
     pub fn drops_ack(&self, phone: &PhoneNumber) -> bool {
-        self.ask(phone, |order| self.spend(order, |order| &mut order.drop_acks))
-            .is_some()
+        self.ask(phone, |order| self.spend(order, |order| &mut order.drop_acks)).is_some()
     }
 
     /// Whether the next stanza is written twice.
     pub fn duplicates(&self, phone: &PhoneNumber) -> bool {
-        self.ask(phone, |order| self.spend(order, |order| &mut order.duplicate))
-            .is_some()
+        self.ask(phone, |order| self.spend(order, |order| &mut order.duplicate)).is_some()
     }
 
     fn spend(&self, order: &mut Order, counter: impl Fn(&mut Order) -> &mut Option<u32>) -> Option<()> {
@@ -251,9 +244,7 @@ mod tests {
     #[test]
     fn queries_are_muted_by_namespace_or_question() {
         let faults = Faults::new(1);
-        faults.order(order(
-            r#"{"mute_iq":["encrypt:digest","w:sync:app:state"],"mute_pings":true}"#,
-        ));
+        faults.order(order(r#"{"mute_iq":["encrypt:digest","w:sync:app:state"],"mute_pings":true}"#));
         let any = phone("15550000001");
         assert!(faults.mutes(&any, "encrypt:digest"));
         assert!(!faults.mutes(&any, "encrypt:count"));
@@ -268,9 +259,7 @@ mod tests {
         let draw = |seed| {
             let faults = Faults::new(seed);
             faults.order(order(r#"{"drop_acks":1000,"chance":0.5}"#));
-            (0..64)
-                .map(|_| faults.drops_ack(&phone("15550000001")))
-                .collect::<Vec<_>>()
+            (0..64).map(|_| faults.drops_ack(&phone("15550000001"))).collect::<Vec<_>>()
         };
         assert_eq!(draw(7), draw(7));
         assert_ne!(draw(7), draw(8));

@@ -78,10 +78,7 @@ pub fn header(bytes: &[u8]) -> Result<Option<([u8; HEADER_LENGTH], usize)>> {
 /// Answers a client hello.
 pub fn answer(identity: &ServerIdentity, prologue: &[u8], hello: &[u8]) -> Result<Answer> {
     let hello = HandshakeMessage::decode_from_slice(hello)?;
-    let hello = hello
-        .client_hello
-        .into_option()
-        .ok_or(SandboxError::Malformed("client hello missing"))?;
+    let hello = hello.client_hello.into_option().ok_or(SandboxError::Malformed("client hello missing"))?;
     let ephemeral = required_key(hello.ephemeral.as_deref(), "client ephemeral")?;
     if hello.r#static.is_none() {
         return offer(identity, NOISE_PATTERN_XX, prologue, &ephemeral);
@@ -108,10 +105,7 @@ fn offer(identity: &ServerIdentity, pattern: &str, prologue: &[u8], client: &[u8
     noise.mix_shared_secret(identity.noise().private_key.serialize(), client)?;
     let payload = noise.encrypt(identity.chain())?;
     let hello = server_hello(public, Some(encrypted_static), payload);
-    Ok(Answer::AwaitFinish {
-        hello,
-        pending: Box::new(Pending { noise, ephemeral }),
-    })
+    Ok(Answer::AwaitFinish { hello, pending: Box::new(Pending { noise, ephemeral }) })
 }
 
 fn resume(identity: &ServerIdentity, prologue: &[u8], client: &[u8; 32], hello: &ClientHello) -> Result<Answer> {
@@ -132,10 +126,7 @@ fn resume(identity: &ServerIdentity, prologue: &[u8], client: &[u8; 32], hello: 
     noise.mix_shared_secret(ephemeral.private_key.serialize(), &client_static)?;
     let certificate = noise.encrypt(identity.chain())?;
     let hello = server_hello(public, None, certificate);
-    Ok(Answer::Complete {
-        hello,
-        established: Box::new(established(noise, client_static, payload)?),
-    })
+    Ok(Answer::Complete { hello, established: Box::new(established(noise, client_static, payload)?) })
 }
 
 fn server_hello(ephemeral: [u8; 32], encrypted_static: Option<Vec<u8>>, payload: Vec<u8>) -> Vec<u8> {
@@ -154,12 +145,7 @@ fn server_hello(ephemeral: [u8; 32], encrypted_static: Option<Vec<u8>>, payload:
 fn established(noise: NoiseHandshake, client_static: [u8; 32], payload: Vec<u8>) -> Result<Established> {
     // The library names the ciphers from the initiator's point of view.
     let (receive, send) = noise.finish()?;
-    Ok(Established {
-        send,
-        receive,
-        client_static,
-        payload,
-    })
+    Ok(Established { send, receive, client_static, payload })
 }
 
 impl Pending {
@@ -167,10 +153,7 @@ impl Pending {
     pub fn finish(self, bytes: &[u8]) -> Result<Established> {
         let Self { mut noise, ephemeral } = self;
         let finish = HandshakeMessage::decode_from_slice(bytes)?;
-        let finish = finish
-            .client_finish
-            .into_option()
-            .ok_or(SandboxError::Malformed("client finish missing"))?;
+        let finish = finish.client_finish.into_option().ok_or(SandboxError::Malformed("client finish missing"))?;
         let client_static = noise.decrypt(finish.r#static.as_deref().unwrap_or_default())?;
         let client_static = required_key(Some(&client_static), "client static")?;
         noise.mix_shared_secret(ephemeral.private_key.serialize(), &client_static)?;
@@ -200,19 +183,14 @@ mod tests {
         let Ok(Answer::AwaitFinish { hello, pending }) = answer(&server, &WA_CONN_HEADER, &hello) else {
             panic!("XX waits for a finish")
         };
-        let finish = state
-            .read_server_hello_and_build_client_finish(&hello)
-            .expect("accepted");
+        let finish = state.read_server_hello_and_build_client_finish(&hello).expect("accepted");
         let established = pending.finish(&finish).expect("finished");
         assert_eq!(established.payload, b"login");
         assert_eq!(established.client_static, public_bytes(&client).expect("key"));
         let outcome = state.finish().expect("outcome");
         let sealed = outcome.write_cipher.encrypt_with_counter(0, b"up").expect("encrypt");
         let mut opened = sealed;
-        established
-            .receive
-            .decrypt_in_place_with_counter(0, &mut opened)
-            .expect("decrypt");
+        established.receive.decrypt_in_place_with_counter(0, &mut opened).expect("decrypt");
         assert_eq!(opened, b"up");
     }
 
@@ -226,10 +204,7 @@ mod tests {
             panic!("IK is one round trip")
         };
         assert_eq!(established.payload, b"login");
-        assert!(matches!(
-            state.read_server_hello(&hello),
-            Ok(IkServerHelloOutcome::Continue(_))
-        ));
+        assert!(matches!(state.read_server_hello(&hello), Ok(IkServerHelloOutcome::Continue(_))));
     }
 
     #[test]
@@ -253,10 +228,7 @@ mod tests {
     fn the_header_may_be_preceded_by_routing_bytes() {
         assert_eq!(header(b"WA").expect("short"), None);
         assert_eq!(header(b"WA\x06\x03rest").expect("plain"), Some((*b"WA\x06\x03", 4)));
-        assert_eq!(
-            header(b"ED\x00\x01\x00\x00\x02xyWA\x06\x03").expect("routed"),
-            Some((*b"WA\x06\x03", 13))
-        );
+        assert_eq!(header(b"ED\x00\x01\x00\x00\x02xyWA\x06\x03").expect("routed"), Some((*b"WA\x06\x03", 13)));
         assert_eq!(header(b"ED\x00\x01\x00\x00\x02xy").expect("short"), None);
         assert!(header(b"GET / HTTP").is_err());
     }

@@ -79,10 +79,8 @@ impl Drop for Session {
 pub async fn admit(world: &Arc<World>, link: &Arc<Link>, by_ik: bool, client: &Established) -> Result<Admission> {
     let payload = ClientPayload::decode_from_slice(&client.payload)?;
     let Some(username) = payload.username else {
-        let data = payload
-            .device_pairing_data
-            .as_option()
-            .ok_or(SandboxError::Malformed("payload without a purpose"))?;
+        let data =
+            payload.device_pairing_data.as_option().ok_or(SandboxError::Malformed("payload without a purpose"))?;
         let registration = Registration::read(data, client.client_static);
         let registration = registration.ok_or(SandboxError::Malformed("registration data"))?;
         let (offer, query) = Offer::open(world, Arc::clone(link), registration)?;
@@ -105,24 +103,21 @@ pub async fn admit(world: &Arc<World>, link: &Arc<Link>, by_ik: bool, client: &E
 }
 
 async fn log_in(world: &Arc<World>, link: &Arc<Link>, device: DeviceAddress) -> Admission {
-    let older = world
-        .with_companion(&device, |companion| companion.link.clone())
-        .flatten();
-    if let Some(older) = older
-        && tokio::time::timeout(GRACE_FOR_OLD_SOCKET, older.until_gone())
-            .await
-            .is_err()
-    {
+    let older = world.with_companion(&device, |companion| companion.link.clone()).flatten();
+    if let Some(older) = older {
+        // Running out of patience is the answer: the old socket is still there.
+        let _ = tokio::time::timeout(GRACE_FOR_OLD_SOCKET, older.until_gone()).await;
+    }
+    let taken = world.change_companion(&device, |companion| {
+        (companion.link.replace(Arc::clone(link)), std::mem::take(&mut companion.wants_keys))
+    });
+    let Some((older, wants_keys)) = taken else {
+        return Admission::Refused(failure(&unauthorised()));
+    };
+    if let Some(older) = older.filter(|older| !older.is_gone()) {
         world.stats.conflicts.add(1);
         older.end(Farewell::Stanza(Box::new(conflict("replaced"))));
     }
-    let wants_keys = world.change_companion(&device, |companion| {
-        companion.link = Some(Arc::clone(link));
-        std::mem::take(&mut companion.wants_keys)
-    });
-    let Some(wants_keys) = wants_keys else {
-        return Admission::Refused(failure(&unauthorised()));
-    };
     world.stats.logins.add(1);
     if wants_keys {
         world.deliver(world.share_keys(&device));
@@ -144,12 +139,7 @@ async fn log_in(world: &Arc<World>, link: &Arc<Link>, device: DeviceAddress) -> 
 }
 
 fn unauthorised() -> LoginFailure {
-    LoginFailure {
-        reason: UNAUTHORISED,
-        code: None,
-        expire: None,
-        count: 0,
-    }
+    LoginFailure { reason: UNAUTHORISED, code: None, expire: None, count: 0 }
 }
 
 /// The stanza that refuses a login.
@@ -166,7 +156,5 @@ pub fn failure(failure: &LoginFailure) -> Node {
 
 /// The stanza that ends a stream over a conflict.
 pub fn conflict(kind: &str) -> Node {
-    tag("stream:error")
-        .children([tag("conflict").attr("type", kind).build()])
-        .build()
+    tag("stream:error").children([tag("conflict").attr("type", kind).build()]).build()
 }

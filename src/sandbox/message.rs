@@ -52,13 +52,7 @@ fn fan_out(world: &World, device: &DeviceAddress, node: &Node) -> Option<u16> {
         return Some(NO_SUCH_RECIPIENT);
     }
     let name = world.name_of(&device.phone);
-    let envelope = Envelope {
-        from: device,
-        to: &to,
-        addressing,
-        name: &name,
-        node,
-    };
+    let envelope = Envelope { from: device, to: &to, addressing, name: &name, node };
     let deliveries = match node.get_optional_child("enc") {
         // Of a repetition only the direct copy counts; a client may attach others for devices that have it already.
         Some(enc) => vec![envelope.seal(target, vec![enc.clone()])],
@@ -81,11 +75,7 @@ struct Envelope<'a> {
 
 impl Envelope<'_> {
     fn participants(&self) -> Vec<Delivery> {
-        let participants = self
-            .node
-            .get_optional_child("participants")
-            .map(children)
-            .unwrap_or_default();
+        let participants = self.node.get_optional_child("participants").map(children).unwrap_or_default();
         let sealed = participants.iter().filter_map(|to| {
             let (device, _) = resolve(&jid(to, "jid")?)?;
             Some(self.seal(device, children(to).to_vec()))
@@ -115,16 +105,7 @@ impl Envelope<'_> {
             let named = jid(self.node, "recipient");
             stanza = stanza.attr("recipient", named.unwrap_or_else(|| self.to.clone()).to_non_ad());
         }
-        content.extend(
-            KEPT_PARTS
-                .iter()
-                .filter_map(|part| self.node.get_optional_child(part))
-                .cloned(),
-        );
-        Delivery {
-            from: self.from.clone(),
-            to,
-            node: stanza.children(content).build(),
-        }
+        content.extend(KEPT_PARTS.iter().filter_map(|part| self.node.get_optional_child(part)).cloned());
+        Delivery { from: self.from.clone(), to, node: stanza.children(content).build() }
     }
 }

@@ -6,6 +6,7 @@ use crate::sandbox::address::{DeviceAddress, PhoneNumber};
 use crate::sandbox::connection::Reaction;
 use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::link::{Farewell, Link};
+use crate::sandbox::pair_code::{self, Exchange, ShownCode};
 use crate::sandbox::signal_store::SignedKey;
 use crate::sandbox::stanza::{self, SERVER, attr, bytes, fresh_id, number, tag};
 use crate::sandbox::world::World;
@@ -36,10 +37,14 @@ const PAUSE_BEFORE_RESTART: Duration = Duration::from_millis(150);
 const REFERENCE_LIMIT: usize = 60_000;
 const RESTART: u16 = 515;
 
-/// A connection that shows a QR code.
+/// A connection that shows a QR code or a pairing code.
 pub struct Slot {
-    link: Arc<Link>,
-    registration: Registration,
+    /// The connection.
+    pub link: Arc<Link>,
+    /// Who is at its other end.
+    pub registration: Registration,
+    /// The exchange a phone has begun by entering the pairing code.
+    pub exchange: Mutex<Option<Exchange>>,
     opened: Instant,
     scanned: Mutex<Option<(PhoneNumber, Place)>>,
 }
@@ -47,6 +52,8 @@ pub struct Slot {
 /// All references in circulation.
 #[derive(Default)]
 pub struct Pairings {
+    /// Devices that show a pairing code, by the number they want to be linked to.
+    pub codes: Mutex<HashMap<PhoneNumber, ShownCode>>,
     slots: Mutex<HashMap<String, (Arc<Slot>, Duration)>>,
 }
 
@@ -63,6 +70,9 @@ impl Drop for Offer {
         for reference in &self.references {
             slots.remove(reference);
         }
+        drop(slots);
+        let mut codes = self.world.pairings.codes.lock().unwrap_or_else(PoisonError::into_inner);
+        codes.retain(|_, code| !Arc::ptr_eq(&code.slot, &self.slot));
     }
 }
 
@@ -88,6 +98,7 @@ impl Offer {
         let slot = Arc::new(Slot {
             link,
             registration,
+            exchange: Mutex::new(None),
             opened: Instant::now(),
             scanned: Mutex::new(None),
         });
@@ -102,9 +113,7 @@ impl Offer {
             until += NEXT_SHOWN;
         }
         drop(slots);
-        let shown = references
-            .iter()
-            .map(|reference| tag("ref").bytes(reference.as_bytes()).build());
+        let shown = references.iter().map(|reference| tag("ref").bytes(reference.as_bytes()).build());
         let query = tag("iq")
             .attr("from", SERVER)
             .attr("type", "set")
@@ -112,14 +121,7 @@ impl Offer {
             .attr("xmlns", "md")
             .children([tag("pair-device").children(shown).build()])
             .build();
-        Ok((
-            Self {
-                world: Arc::clone(world),
-                slot,
-                references,
-            },
-            query,
-        ))
+        Ok((Self { world: Arc::clone(world), slot, references }, query))
     }
 
     /// Takes a stanza from a client that is not linked yet.
@@ -132,19 +134,15 @@ impl Offer {
                 Ok(()) => vec![restart()],
                 Err(error) => {
                     tracing::debug!(%error, "a device could not take its place");
-                    vec![Reaction::CloseAfter {
-                        pause: Duration::ZERO,
-                        farewell: Farewell::Drop,
-                    }]
+                    vec![Reaction::CloseAfter { pause: Duration::ZERO, farewell: Farewell::Drop }]
                 }
             };
         }
-        let question = attr(node, "type").is_some_and(|kind| kind == "get" || kind == "set");
-        if question {
-            vec![Reaction::Reply(stanza::result(node, []))]
-        } else {
-            Vec::new()
+        if let Some(stage) = node.get_optional_child("link_code_companion_reg") {
+            return vec![Reaction::Reply(pair_code::answer(&self.world, &self.slot, node, stage))];
         }
+        let question = attr(node, "type").is_some_and(|kind| kind == "get" || kind == "set");
+        if question { vec![Reaction::Reply(stanza::result(node, []))] } else { Vec::new() }
     }
 
     fn finish(&self, signed: &Node) -> Result<()> {
@@ -160,10 +158,8 @@ impl Offer {
             return Err(SandboxError::Malformed("device signature"));
         }
         // Clients send the account key back empty; others need it to check the chain.
-        let complete = ADVSignedDeviceIdentity {
-            device_signature: accepted.device_signature,
-            ..place.identity.clone()
-        };
+        let complete =
+            ADVSignedDeviceIdentity { device_signature: accepted.device_signature, ..place.identity.clone() };
         let companion = Companion::new(place.key_index, registration, complete.encode_to_vec(), true);
         let account = self.world.require(&phone)?;
         account.state().companions.insert(place.device, companion);
@@ -174,10 +170,7 @@ impl Offer {
 
 fn restart() -> Reaction {
     let error = tag("stream:error").attr("code", RESTART).build();
-    Reaction::CloseAfter {
-        pause: PAUSE_BEFORE_RESTART,
-        farewell: Farewell::Stanza(Box::new(error)),
-    }
+    Reaction::CloseAfter { pause: PAUSE_BEFORE_RESTART, farewell: Farewell::Stanza(Box::new(error)) }
 }
 
 /// The parts of a QR code that matter to a phone.
@@ -210,36 +203,37 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
     let code = Code::parse(text).ok_or(SandboxError::Malformed("QR text"))?;
     let slot = {
         let slots = world.pairings.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let (slot, valid) = slots
-            .get(&code.reference)
-            .ok_or(SandboxError::NotFound("reference of the QR code"))?;
+        let (slot, valid) = slots.get(&code.reference).ok_or(SandboxError::NotFound("reference of the QR code"))?;
         if slot.opened.elapsed() > *valid {
             return Err(SandboxError::Conflict("the QR code has expired"));
         }
         Arc::clone(slot)
     };
     if slot.registration.noise != code.noise || slot.registration.identity != code.identity {
-        return Err(SandboxError::Conflict(
-            "the QR code shows other keys than the connection",
-        ));
+        return Err(SandboxError::Conflict("the QR code shows other keys than the connection"));
     }
+    sign(world, &slot, phone, &code.secret, hidden_addressing)
+}
+
+/// The phone signs the identity of the device in `slot`, and the server tells the device.
+pub fn sign(
+    world: &World,
+    slot: &Slot,
+    phone: &PhoneNumber,
+    secret: &[u8],
+    hidden_addressing: bool,
+) -> Result<DeviceAddress> {
     let account = world.require(phone)?;
     let mut scanned = slot.scanned.lock().unwrap_or_else(PoisonError::into_inner);
     if scanned.is_some() {
-        return Err(SandboxError::Conflict("the QR code has been scanned"));
+        return Err(SandboxError::Conflict("the device is being linked already"));
     }
     let (place, name) = {
         let mut state = account.state();
-        (state.reserve(&code.identity)?, state.person.name.clone())
+        (state.reserve(&slot.registration.identity)?, state.person.name.clone())
     };
     let device = DeviceAddress::new(phone.clone(), place.device);
-    let success = success(
-        &account.jids(place.device),
-        &place,
-        &code.secret,
-        &name,
-        hidden_addressing,
-    );
+    let success = success(&account.jids(place.device), &place, secret, &name, hidden_addressing);
     *scanned = Some((phone.clone(), place));
     drop(scanned);
     if !slot.link.post(success) {
@@ -251,12 +245,8 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
 fn success(jids: &[whatsapp_rust::Jid; 2], place: &Place, secret: &[u8], name: &str, hidden_addressing: bool) -> Node {
     let details = place.identity.encode_to_vec();
     let hmac = hmac_sha256(secret, &details).to_vec();
-    let sealed = ADVSignedDeviceIdentityHMAC {
-        details: Some(details),
-        hmac: Some(hmac),
-        ..Default::default()
-    }
-    .encode_to_vec();
+    let sealed =
+        ADVSignedDeviceIdentityHMAC { details: Some(details), hmac: Some(hmac), ..Default::default() }.encode_to_vec();
     let [jid, lid] = jids;
     let mut content = vec![
         tag("device-identity").bytes(sealed).build(),
@@ -265,10 +255,7 @@ fn success(jids: &[whatsapp_rust::Jid; 2], place: &Place, secret: &[u8], name: &
         tag("platform").attr("name", "android").build(),
     ];
     if hidden_addressing {
-        let props = ClientPairingProps {
-            is_chat_db_lid_migrated: Some(true),
-            ..Default::default()
-        };
+        let props = ClientPairingProps { is_chat_db_lid_migrated: Some(true), ..Default::default() };
         content.push(tag("client-props").bytes(props.encode_to_vec()).build());
     }
     tag("iq")
@@ -291,10 +278,7 @@ mod tests {
         let bare = format!("2RAB,{key},{key},{key},1");
         for text in [bare.clone(), format!("{NATIVE_CAMERA_DEEP_LINK_PREFIX}{bare}\n")] {
             let code = Code::parse(&text).expect("a code");
-            assert_eq!(
-                (code.reference.as_str(), code.noise, code.secret.len()),
-                ("2RAB", [7; 32], 32)
-            );
+            assert_eq!((code.reference.as_str(), code.noise, code.secret.len()), ("2RAB", [7; 32], 32));
         }
         assert!(Code::parse("2RAB,notbase64").is_none());
     }

@@ -140,9 +140,6 @@ pub mod base64_list {
     /// For `#[serde(with)]`.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vec<u8>>, D::Error> {
         let texts = Vec::<String>::deserialize(deserializer)?;
-        texts
-            .into_iter()
-            .map(|text| STANDARD.decode(text).map_err(D::Error::custom))
-            .collect()
+        texts.into_iter().map(|text| STANDARD.decode(text).map_err(D::Error::custom)).collect()
     }
 }

@@ -151,22 +151,9 @@ pub struct StoredPerson {
 impl Person {
     /// A person with a new phone.
     pub fn new(own: PhoneNumber) -> Result<Self> {
-        let tail: String = own
-            .as_str()
-            .chars()
-            .rev()
-            .take(4)
-            .collect::<Vec<_>>()
-            .into_iter()
-            .rev()
-            .collect();
+        let tail: String = own.as_str().chars().rev().take(4).collect::<Vec<_>>().into_iter().rev().collect();
         let signal = SignalStore::generate()?;
-        Ok(Self::assemble(
-            own,
-            format!("Sandbox {tail}"),
-            signal,
-            AppStateKey::generate(),
-        ))
+        Ok(Self::assemble(own, format!("Sandbox {tail}"), signal, AppStateKey::generate()))
     }
 
     fn assemble(own: PhoneNumber, name: String, signal: SignalStore, app_state: AppStateKey) -> Self {
@@ -215,21 +202,13 @@ impl Person {
     }
 
     fn show(&mut self, line: Shown) {
-        let key = ShownKey {
-            from: line.from.clone(),
-            chat: line.chat.clone(),
-            id: line.id.clone(),
-        };
+        let key = ShownKey { from: line.from.clone(), chat: line.chat.clone(), id: line.id.clone() };
         self.positions.insert(key, self.first_shown + self.shown.len() as u64);
         self.shown.push_back(line);
         while self.shown.len() > SHOWN_LIMIT {
             self.first_shown += 1;
             if let Some(gone) = self.shown.pop_front() {
-                self.positions.remove(&ShownKey {
-                    from: gone.from,
-                    chat: gone.chat,
-                    id: gone.id,
-                });
+                self.positions.remove(&ShownKey { from: gone.from, chat: gone.chat, id: gone.id });
             }
         }
     }
@@ -300,11 +279,7 @@ impl Person {
             line.times_received += 1;
             return None;
         }
-        let direction = if arrival.from.phone == self.own {
-            Direction::Out
-        } else {
-            Direction::In
-        };
+        let direction = if arrival.from.phone == self.own { Direction::Out } else { Direction::In };
         self.show(Shown {
             from: arrival.from.phone.clone(),
             id: arrival.key.id.clone(),
@@ -324,21 +299,15 @@ impl Person {
         if self.asked.len() >= ASKED_LIMIT {
             self.asked.clear();
         }
-        let count = self
-            .asked
-            .entry((arrival.from.clone(), arrival.key.id.clone()))
-            .or_default();
+        let count = self.asked.entry((arrival.from.clone(), arrival.key.id.clone())).or_default();
         if *count >= ASK_AT_MOST {
             return None;
         }
         *count += 1;
         let count = *count;
         let keys = self.signal.bundle().ok()?;
-        let retry = tag("retry")
-            .attr("v", "1")
-            .attr("id", &arrival.key.id)
-            .attr("t", stanza::now())
-            .attr("count", count);
+        let retry =
+            tag("retry").attr("v", "1").attr("id", &arrival.key.id).attr("t", stanza::now()).attr("count", count);
         let mut receipt = tag("receipt")
             .attr("from", arrival.addressing.device(&self.address()))
             .attr("id", &arrival.key.id)
@@ -348,14 +317,8 @@ impl Person {
             receipt = receipt.attr("recipient", recipient);
         }
         let registration = tag("registration").bytes(keys.registration_id.to_be_bytes()).build();
-        let node = receipt
-            .children([retry.build(), registration, keys.retry_node()])
-            .build();
-        Some(Delivery {
-            from: self.address(),
-            to: arrival.from.clone(),
-            node,
-        })
+        let node = receipt.children([retry.build(), registration, keys.retry_node()]).build();
+        Some(Delivery { from: self.address(), to: arrival.from.clone(), node })
     }
 
     fn receive_receipt(&mut self, from: &DeviceAddress, node: &Node) -> Vec<Errand> {
@@ -370,11 +333,7 @@ impl Person {
             _ => return Vec::new(),
         };
         for id in Receipt::ids_of(node) {
-            let key = ShownKey {
-                from: self.own.clone(),
-                chat: from.phone.clone(),
-                id,
-            };
+            let key = ShownKey { from: self.own.clone(), chat: from.phone.clone(), id };
             if let Some(line) = self.line(&key) {
                 line.status = line.status.max(status);
             }
@@ -398,18 +357,8 @@ impl Person {
                 continue;
             }
             let (kind, at) = (Some("read".to_owned()), stanza::now());
-            let receipt = Receipt {
-                ids: vec![line.id.clone()],
-                kind,
-                recipient: None,
-                at,
-            };
-            ticks.push(Tick {
-                from: from.clone(),
-                to: writer,
-                addressing: line.addressing,
-                receipt,
-            });
+            let receipt = Receipt { ids: vec![line.id.clone()], kind, recipient: None, at };
+            ticks.push(Tick { from: from.clone(), to: writer, addressing: line.addressing, receipt });
         }
         ticks
     }
@@ -423,16 +372,8 @@ impl Person {
         targets: &[DeviceAddress],
     ) -> Result<(String, Vec<Delivery>)> {
         let id = fresh_id("3A");
-        let sent = Sent {
-            id: id.clone(),
-            to: to.clone(),
-            text: text.to_owned(),
-            addressing,
-        };
-        let deliveries = targets
-            .iter()
-            .map(|target| self.seal(&sent, target, 0))
-            .collect::<Result<Vec<_>>>()?;
+        let sent = Sent { id: id.clone(), to: to.clone(), text: text.to_owned(), addressing };
+        let deliveries = targets.iter().map(|target| self.seal(&sent, target, 0)).collect::<Result<Vec<_>>>()?;
         self.sent.push_back(sent);
         if self.sent.len() > SENT_LIMIT {
             self.sent.pop_front();
@@ -461,25 +402,12 @@ impl Person {
 
     fn seal(&mut self, sent: &Sent, target: &DeviceAddress, count: u32) -> Result<Delivery> {
         let chat = sent.addressing.user(&sent.to);
-        let message = wa::Message {
-            conversation: Some(sent.text.clone()),
-            ..Default::default()
-        };
+        let message = wa::Message { conversation: Some(sent.text.clone()), ..Default::default() };
         let own_device = target.phone == self.own;
-        let message = if own_device {
-            wrap_device_sent(message, chat.to_string())
-        } else {
-            message
-        };
+        let message = if own_device { wrap_device_sent(message, chat.to_string()) } else { message };
         let sealed = self.signal.seal(target, &MessageUtils::encode_and_pad(&message))?;
         let recipient = own_device.then_some(chat);
-        let envelope = Envelope {
-            id: &sent.id,
-            addressing: sent.addressing,
-            recipient,
-            peer: false,
-            count,
-        };
+        let envelope = Envelope { id: &sent.id, addressing: sent.addressing, recipient, peer: false, count };
         Ok(self.envelope(target, envelope, sealed))
     }
 
@@ -489,17 +417,7 @@ impl Person {
         let sealed = self.signal.seal(to, &MessageUtils::encode_and_pad(&message))?;
         let id = fresh_id("3A");
         let addressing = Namespace::Phone;
-        Ok(self.envelope(
-            to,
-            Envelope {
-                id: &id,
-                addressing,
-                recipient: None,
-                peer: true,
-                count: 0,
-            },
-            sealed,
-        ))
+        Ok(self.envelope(to, Envelope { id: &id, addressing, recipient: None, peer: true, count: 0 }, sealed))
     }
 
     fn envelope(&self, to: &DeviceAddress, envelope: Envelope<'_>, sealed: Sealed) -> Delivery {
@@ -525,11 +443,7 @@ impl Person {
             node = node.attr("category", "peer");
         }
         let node = node.children([enc.bytes(sealed.bytes).build()]).build();
-        Delivery {
-            from: self.address(),
-            to: to.clone(),
-            node,
-        }
+        Delivery { from: self.address(), to: to.clone(), node }
     }
 }
 
@@ -554,19 +468,12 @@ struct Arrival {
 impl Arrival {
     fn read(from: &DeviceAddress, node: &Node) -> Option<Self> {
         let recipient = jid(node, "recipient");
-        let chat = recipient
-            .as_ref()
-            .and_then(resolve)
-            .map_or_else(|| from.phone.clone(), |(peer, _)| peer.phone);
+        let chat = recipient.as_ref().and_then(resolve).map_or_else(|| from.phone.clone(), |(peer, _)| peer.phone);
         Some(Self {
             from: from.clone(),
             addressing: resolve(&jid(node, "from")?)?.1,
             peer: attr(node, "category").is_some_and(|category| category == "peer"),
-            key: ShownKey {
-                from: from.phone.clone(),
-                chat,
-                id: attr(node, "id")?.into_owned(),
-            },
+            key: ShownKey { from: from.phone.clone(), chat, id: attr(node, "id")?.into_owned() },
             recipient,
         })
     }
@@ -579,23 +486,14 @@ fn repeat_request(from: &DeviceAddress, node: &Node) -> Option<Errand> {
     let registration = stanza::child_bytes(node, "registration").and_then(|bytes| stanza::number(&bytes));
     let keys = node.get_optional_child("keys").zip(registration);
     let keys = keys.and_then(|(keys, registration_id)| Bundle::from_retry(keys, registration_id));
-    (count <= u32::from(ASK_AT_MOST)).then(|| Errand::Repeat {
-        to: from.clone(),
-        id,
-        count,
-        keys,
-    })
+    (count <= u32::from(ASK_AT_MOST)).then(|| Errand::Repeat { to: from.clone(), id, count, keys })
 }
 
 fn in_words(message: &wa::Message) -> String {
     if let Some(text) = &message.conversation {
         return text.clone();
     }
-    if let Some(text) = message
-        .extended_text_message
-        .as_option()
-        .and_then(|extended| extended.text.clone())
-    {
+    if let Some(text) = message.extended_text_message.as_option().and_then(|extended| extended.text.clone()) {
         return text;
     }
     if let Some(reaction) = message.reaction_message.as_option() {

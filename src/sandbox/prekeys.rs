@@ -22,9 +22,7 @@ pub fn answer(world: &World, device: &DeviceAddress, iq: &Node) -> Node {
     let is_set = attr(iq, "type").is_some_and(|kind| kind == "set");
     match (is_set, question.tag.as_ref()) {
         (false, "count") => {
-            let count = world
-                .with_companion(device, |companion| companion.prekeys.len())
-                .unwrap_or(0);
+            let count = world.with_companion(device, |companion| companion.prekeys.len()).unwrap_or(0);
             stanza::result(iq, [tag("count").attr("value", count).build()])
         }
         (false, "digest") => match world.with_companion(device, digest) {
@@ -51,11 +49,7 @@ fn one_time_key(node: &Node) -> Option<(u32, [u8; 32])> {
 
 fn signed_key(node: &Node) -> Option<SignedKey> {
     let (id, key) = one_time_key(node)?;
-    Some(SignedKey {
-        id,
-        key,
-        signature: child_bytes(node, "signature")?.into_owned(),
-    })
+    Some(SignedKey { id, key, signature: child_bytes(node, "signature")?.into_owned() })
 }
 
 fn upload(companion: &mut Companion, iq: &Node) -> Option<()> {
@@ -82,30 +76,21 @@ fn rotate(companion: &mut Companion, rotate: &Node) -> Option<()> {
 fn signed_node(signed: &SignedKey) -> Node {
     let id = tag("id").bytes(key_id(signed.id)).build();
     let value = tag("value").bytes(signed.key).build();
-    tag("skey")
-        .children([id, value, tag("signature").bytes(signed.signature.clone()).build()])
-        .build()
+    tag("skey").children([id, value, tag("signature").bytes(signed.signature.clone()).build()]).build()
 }
 
 fn one_time_node(id: u32, key: &[u8; 32]) -> Node {
-    tag("key")
-        .children([tag("id").bytes(key_id(id)).build(), tag("value").bytes(*key).build()])
-        .build()
+    tag("key").children([tag("id").bytes(key_id(id)).build(), tag("value").bytes(*key).build()]).build()
 }
 
 fn digest(companion: &Companion) -> Node {
     let keys: Vec<&[u8]> = companion.prekeys.iter().map(|(_, key)| key.as_slice()).collect();
     let (signed, identity) = (&companion.signed, companion.identity);
     let hash = compute_key_bundle_digest(&identity, &signed.key, &signed.signature, &keys);
-    let ids = companion
-        .prekeys
-        .iter()
-        .map(|(id, _)| tag("id").bytes(key_id(*id)).build());
+    let ids = companion.prekeys.iter().map(|(id, _)| tag("id").bytes(key_id(*id)).build());
     tag("digest")
         .children([
-            tag("registration")
-                .bytes(companion.registration_id.to_be_bytes())
-                .build(),
+            tag("registration").bytes(companion.registration_id.to_be_bytes()).build(),
             tag("type").bytes(KEY_TYPE).build(),
             tag("identity").bytes(identity).build(),
             signed_node(signed),
@@ -125,12 +110,7 @@ fn user(world: &World, jid: Jid) -> Node {
     let node = tag("user").attr("jid", jid);
     match bundle {
         Some(bundle) => node.attr("t", stanza::now()).children(bundle.nodes()).build(),
-        None => node
-            .children([tag("error")
-                .attr("code", UNREGISTERED)
-                .attr("text", "not-acceptable")
-                .build()])
-            .build(),
+        None => node.children([tag("error").attr("code", UNREGISTERED).attr("text", "not-acceptable").build()]).build(),
     }
 }
 
@@ -143,11 +123,7 @@ impl Bundle {
             signed_node(&self.signed),
         ];
         nodes.extend(self.one_time.iter().map(|(id, key)| one_time_node(*id, key)));
-        nodes.extend(
-            self.device_identity
-                .iter()
-                .map(|bytes| tag("device-identity").bytes(bytes.clone()).build()),
-        );
+        nodes.extend(self.device_identity.iter().map(|bytes| tag("device-identity").bytes(bytes.clone()).build()));
         nodes
     }
 
@@ -164,10 +140,7 @@ impl Bundle {
             identity: key(&child_bytes(keys, "identity")?)?,
             signed: signed_key(keys.get_optional_child("skey")?)?,
             one_time: keys.get_optional_child("key").and_then(one_time_key),
-            device_identity: keys
-                .get_optional_child("device-identity")
-                .and_then(bytes)
-                .map(|bytes| bytes.into_owned()),
+            device_identity: keys.get_optional_child("device-identity").and_then(bytes).map(|bytes| bytes.into_owned()),
         })
     }
 }

@@ -15,6 +15,8 @@ use whatsapp_rust::wacore_binary::Node;
 /// Media hosts are not simulated here; the name resolves nowhere on purpose.
 const MEDIA_HOST: &str = "media.sandbox.invalid";
 const MEDIA_TTL: u32 = 3_600;
+const PRIVACY_CATEGORIES: [&str; 8] =
+    ["readreceipts", "profile", "status", "online", "last", "groupadd", "calladd", "messages"];
 const PROPS_REFRESH: u32 = 86_400;
 
 /// Takes a query.
@@ -56,7 +58,7 @@ fn answer(world: &World, device: &DeviceAddress, kind: &str, iq: &Node) -> Node 
             stanza::result(iq, [props.build()])
         }
         ("blocklist", false) => stanza::result(iq, [tag("list").build()]),
-        ("privacy", false) => stanza::result(iq, [tag("privacy").build()]),
+        ("privacy", false) => stanza::result(iq, [privacy()]),
         ("w:m", _) => stanza::result(iq, [media_connection()]),
         ("w:g2", false) => stanza::result(iq, [tag("groups").build()]),
         ("w:profile:picture", false) => stanza::failure(iq, 404, "item-not-found"),
@@ -68,6 +70,12 @@ fn answer(world: &World, device: &DeviceAddress, kind: &str, iq: &Node) -> Node 
             stanza::failure(iq, 501, "feature-not-implemented")
         }
     }
+}
+
+/// Everything is shown to everybody; without an answer about read receipts clients keep theirs to themselves.
+fn privacy() -> Node {
+    let category = |name: &'static str| tag("category").attr("name", name).attr("value", "all").build();
+    tag("privacy").children(PRIVACY_CATEGORIES.map(category)).build()
 }
 
 fn media_connection() -> Node {
@@ -86,11 +94,5 @@ fn log_out(world: &World, device: &DeviceAddress, iq: &Node) -> Vec<Reaction> {
         account.dirty.store(true, std::sync::atomic::Ordering::Release);
     }
     let farewell = Farewell::Stanza(Box::new(conflict("device_removed")));
-    vec![
-        Reaction::Reply(stanza::result(iq, [])),
-        Reaction::CloseAfter {
-            pause: Duration::ZERO,
-            farewell,
-        },
-    ]
+    vec![Reaction::Reply(stanza::result(iq, [])), Reaction::CloseAfter { pause: Duration::ZERO, farewell }]
 }

@@ -40,11 +40,7 @@ impl Receipt {
     pub fn ids_of(node: &Node) -> Vec<String> {
         let listed = node.get_optional_child("list").map(children).unwrap_or_default();
         let listed = listed.iter().filter_map(|item| attr(item, "id"));
-        attr(node, "id")
-            .into_iter()
-            .chain(listed)
-            .map(|id| id.into_owned())
-            .collect()
+        attr(node, "id").into_iter().chain(listed).map(|id| id.into_owned()).collect()
     }
 }
 
@@ -64,11 +60,7 @@ impl Tick {
         node = node.attr("t", receipt.at);
         let more = receipt.ids.iter().skip(1).map(|id| tag("item").attr("id", id).build());
         let more: Vec<Node> = more.collect();
-        if more.is_empty() {
-            node.build()
-        } else {
-            node.children([tag("list").children(more).build()]).build()
-        }
+        if more.is_empty() { node.build() } else { node.children([tag("list").children(more).build()]).build() }
     }
 
     fn concerns_one_device(&self) -> bool {
@@ -94,9 +86,13 @@ impl Tick {
 /// Takes a receipt from a linked device: crosses off what it acknowledges, passes it on, acknowledges it.
 pub fn from_device(world: &World, device: &DeviceAddress, node: &Node) -> Node {
     let ids = Receipt::ids_of(node);
-    world.acknowledge(device, "message", &ids);
     world.stats.receipts.add(1);
     let kind = attr(node, "type").map(|kind| kind.into_owned());
+    // Asking again acknowledges nothing: the ack that follows clears the copy that could not be opened, and would
+    // otherwise clear the repetition that may have arrived in between.
+    if kind.as_deref() != Some("retry") {
+        world.acknowledge(device, "message", &ids);
+    }
     let to = jid(node, "to");
     if let Some((writer, addressing)) = to.as_ref().and_then(resolve) {
         match kind.as_deref() {
@@ -105,29 +101,12 @@ pub fn from_device(world: &World, device: &DeviceAddress, node: &Node) -> Node {
                 world.deliver(vec![retry(device, writer, addressing, node)]);
             }
             Some("read-self" | "played-self") => {
-                world.deliver(to_own_devices(
-                    world,
-                    device,
-                    addressing,
-                    node,
-                    kind.as_deref(),
-                    to.as_ref(),
-                ));
+                world.deliver(to_own_devices(world, device, addressing, node, kind.as_deref(), to.as_ref()));
             }
             _ => {
                 let recipient = jid(node, "recipient");
-                let receipt = Receipt {
-                    ids,
-                    kind: kind.clone(),
-                    recipient,
-                    at: stanza::now(),
-                };
-                let tick = Tick {
-                    from: device.clone(),
-                    to: writer,
-                    addressing,
-                    receipt,
-                };
+                let receipt = Receipt { ids, kind: kind.clone(), recipient, at: stanza::now() };
+                let tick = Tick { from: device.clone(), to: writer, addressing, receipt };
                 world.deliver(tick.deliveries(world));
             }
         }
@@ -163,11 +142,7 @@ fn retry(device: &DeviceAddress, writer: DeviceAddress, addressing: Namespace, n
         }
     }
     let node = receipt.children(children(node).iter().cloned()).build();
-    Delivery {
-        from: device.clone(),
-        to: writer,
-        node,
-    }
+    Delivery { from: device.clone(), to: writer, node }
 }
 
 fn to_own_devices(
@@ -184,10 +159,7 @@ fn to_own_devices(
         recipient: chat.cloned(),
         at: stanza::now(),
     };
-    let others = world
-        .devices(&device.phone)
-        .into_iter()
-        .filter(|other| *other != device.device);
+    let others = world.devices(&device.phone).into_iter().filter(|other| *other != device.device);
     let tick = |other| Tick {
         from: device.clone(),
         to: DeviceAddress::new(device.phone.clone(), other),
@@ -204,10 +176,7 @@ mod tests {
     #[test]
     fn a_receipt_names_its_own_id_first() {
         let items = ["b", "c"].map(|id| tag("item").attr("id", id).build());
-        let node = tag("receipt")
-            .attr("id", "a")
-            .children([tag("list").children(items).build()])
-            .build();
+        let node = tag("receipt").attr("id", "a").children([tag("list").children(items).build()]).build();
         assert_eq!(Receipt::ids_of(&node), ["a", "b", "c"]);
     }
 }

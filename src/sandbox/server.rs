@@ -72,9 +72,7 @@ impl Sandbox {
         for address in &config.listen {
             listeners.push(TcpListener::bind(address).await?);
         }
-        let first = listeners
-            .first()
-            .ok_or_else(|| io::Error::other("no address to listen on"))?;
+        let first = listeners.first().ok_or_else(|| io::Error::other("no address to listen on"))?;
         let addr = first.local_addr()?;
         let (stop, stopped) = watch::channel(false);
         let router = admin::router(Arc::clone(&world));
@@ -83,12 +81,7 @@ impl Sandbox {
             parts.spawn(accept(listener, Arc::clone(&world), router.clone(), stopped.clone()));
         }
         parts.spawn(keep(Arc::clone(&world), stopped));
-        Ok(RunningSandbox {
-            addr,
-            world,
-            stop,
-            parts,
-        })
+        Ok(RunningSandbox { addr, world, stop, parts })
     }
 }
 
@@ -176,10 +169,7 @@ async fn serve(stream: TcpStream, world: Arc<World>, router: Router) {
     let service = service_fn(move |request| answer(request, router.clone(), Arc::clone(&slot)));
     let mut http = http1::Builder::new();
     http.max_buf_size(HTTP_BUFFER);
-    let served = http
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades()
-        .await;
+    let served = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await;
     if let Err(error) = served {
         tracing::debug!(%error, "http connection ended");
     }

@@ -92,9 +92,7 @@ pub struct Sealed {
 
 /// Drives a future that cannot wait.
 fn settle<T>(future: impl Future<Output = SignalResult<T>>) -> Result<T> {
-    let settled = future
-        .now_or_never()
-        .ok_or(SandboxError::Malformed("an in-memory store waited"))?;
+    let settled = future.now_or_never().ok_or(SandboxError::Malformed("an in-memory store waited"))?;
     Ok(settled?)
 }
 
@@ -103,9 +101,7 @@ fn address(device: &DeviceAddress) -> ProtocolAddress {
 }
 
 fn sign(identity: &KeyPair, key: &KeyPair) -> Result<Vec<u8>> {
-    let signature = identity
-        .private_key
-        .calculate_signature(&key.public_key.serialize(), &mut rand::rng())?;
+    let signature = identity.private_key.calculate_signature(&key.public_key.serialize(), &mut rand::rng())?;
     Ok(signature.to_vec())
 }
 
@@ -152,9 +148,7 @@ impl SignalStore {
             store.sessions.insert(name, SessionRecord::deserialize(&bytes)?);
         }
         for (name, bytes) in stored.identities {
-            store
-                .identities
-                .insert(name, PublicKey::from_djb_public_key_bytes(&bytes)?.into());
+            store.identities.insert(name, PublicKey::from_djb_public_key_bytes(&bytes)?.into());
         }
         Ok(store)
     }
@@ -162,10 +156,7 @@ impl SignalStore {
     /// The form to store.
     pub fn stored(&self) -> Result<StoredSignal> {
         let private = |pair: &KeyPair| pair.private_key.serialize().to_vec();
-        let sessions = self
-            .sessions
-            .iter()
-            .map(|(name, record)| Ok((name.clone(), record.serialize()?)));
+        let sessions = self.sessions.iter().map(|(name, record)| Ok((name.clone(), record.serialize()?)));
         let identities = self.identities.iter();
         Ok(StoredSignal {
             identity: private(&self.identity),
@@ -174,9 +165,7 @@ impl SignalStore {
             one_time: self.one_time.iter().map(|(id, pair)| (*id, private(pair))).collect(),
             next_one_time: self.next_one_time,
             sessions: sessions.collect::<SignalResult<_>>()?,
-            identities: identities
-                .map(|(name, key)| (name.clone(), raw(key.public_key())))
-                .collect(),
+            identities: identities.map(|(name, key)| (name.clone(), raw(key.public_key()))).collect(),
         })
     }
 
@@ -192,9 +181,7 @@ impl SignalStore {
 
     /// Whether a message sent now would need no bundle.
     pub fn knows(&self, device: &DeviceAddress) -> bool {
-        self.sessions
-            .get(&device.session_name())
-            .is_some_and(|record| record.session_state().is_some())
+        self.sessions.get(&device.session_name()).is_some_and(|record| record.session_state().is_some())
     }
 
     /// Forgets every session, as a phone restored from an old backup would.
@@ -266,27 +253,15 @@ impl SignalStore {
     /// Encrypts for a device with which there is a session.
     pub fn seal(&mut self, device: &DeviceAddress, plaintext: &[u8]) -> Result<Sealed> {
         let (mut sessions, mut identities, _) = self.views();
-        let sealed = settle(signal::message_encrypt(
-            plaintext,
-            &address(device),
-            &mut sessions,
-            &mut identities,
-        ))?;
+        let sealed = settle(signal::message_encrypt(plaintext, &address(device), &mut sessions, &mut identities))?;
         if let Some(record) = self.sessions.get_mut(&device.session_name())
             && record.has_pending_reservation()
         {
             record.clear_pending_reservation();
             self.lease_raised = true;
         }
-        let kind = if sealed.message_type() == CiphertextMessageType::PreKey {
-            "pkmsg"
-        } else {
-            "msg"
-        };
-        Ok(Sealed {
-            kind,
-            bytes: sealed.serialize().to_vec(),
-        })
+        let kind = if sealed.message_type() == CiphertextMessageType::PreKey { "pkmsg" } else { "msg" };
+        Ok(Sealed { kind, bytes: sealed.serialize().to_vec() })
     }
 
     /// Decrypts what a device has sent.
@@ -317,11 +292,8 @@ impl SignalStore {
 
     /// The library wants its stores as separate mutable objects.
     fn views(&mut self) -> (Sessions<'_>, Identities<'_>, Prekeys<'_>) {
-        let identities = Identities {
-            own: &self.identity,
-            registration_id: self.registration_id,
-            known: &mut self.identities,
-        };
+        let identities =
+            Identities { own: &self.identity, registration_id: self.registration_id, known: &mut self.identities };
         let prekeys = Prekeys {
             one_time: &mut self.one_time,
             signed: &self.signed_prekey,
@@ -381,11 +353,7 @@ impl IdentityKeyStore for Identities<'_> {
     ) -> SignalResult<IdentityChange> {
         let before = self.known.insert(address.name().to_owned(), *identity);
         let changed = before.is_some_and(|before| before != *identity);
-        Ok(if changed {
-            IdentityChange::ReplacedExisting
-        } else {
-            IdentityChange::NewOrUnchanged
-        })
+        Ok(if changed { IdentityChange::ReplacedExisting } else { IdentityChange::NewOrUnchanged })
     }
 
     /// A person trusts whoever writes: linking a device again must not need a ceremony.
@@ -411,20 +379,14 @@ struct SignedView<'a> {
 
 impl<'a> Prekeys<'a> {
     fn signed_view(&self) -> SignedView<'a> {
-        SignedView {
-            pair: self.signed,
-            signature: self.signature,
-        }
+        SignedView { pair: self.signed, signature: self.signature }
     }
 }
 
 #[async_trait]
 impl PreKeyStore for Prekeys<'_> {
     async fn get_pre_key(&self, id: PreKeyId) -> SignalResult<PreKeyRecord> {
-        let pair = self
-            .one_time
-            .get(&u32::from(id))
-            .ok_or(SignalProtocolError::InvalidPreKeyId)?;
+        let pair = self.one_time.get(&u32::from(id)).ok_or(SignalProtocolError::InvalidPreKeyId)?;
         Ok(PreKeyRecord::new(id, pair))
     }
 
@@ -468,9 +430,7 @@ mod tests {
         let (alice, bob) = (device("15550000001"), device("15550000002"));
         let mut of_alice = SignalStore::generate().expect("store");
         let mut of_bob = SignalStore::generate().expect("store");
-        of_alice
-            .begin(&bob, &of_bob.bundle().expect("bundle"))
-            .expect("session");
+        of_alice.begin(&bob, &of_bob.bundle().expect("bundle")).expect("session");
         let first = of_alice.seal(&bob, b"hello").expect("sealed");
         assert_eq!(first.kind, "pkmsg");
         assert!(of_alice.take_lease_raised());
@@ -487,19 +447,14 @@ mod tests {
         let (alice, bob) = (device("15550000001"), device("15550000002"));
         let mut of_alice = SignalStore::generate().expect("store");
         let mut of_bob = SignalStore::generate().expect("store");
-        of_alice
-            .begin(&bob, &of_bob.bundle().expect("bundle"))
-            .expect("session");
+        of_alice.begin(&bob, &of_bob.bundle().expect("bundle")).expect("session");
         let before = of_alice.seal(&bob, b"one").expect("sealed");
         let json = serde_json::to_string(&of_alice.stored().expect("stored")).expect("json");
         let after_store = of_alice.seal(&bob, b"two").expect("sealed");
         let mut restored = SignalStore::restore(serde_json::from_str(&json).expect("json")).expect("restored");
         let after_restart = restored.seal(&bob, b"three").expect("sealed");
         for (sealed, text) in [(before, "one"), (after_store, "two"), (after_restart, "three")] {
-            assert_eq!(
-                of_bob.open(&alice, sealed.kind, &sealed.bytes).expect("opened"),
-                text.as_bytes()
-            );
+            assert_eq!(of_bob.open(&alice, sealed.kind, &sealed.bytes).expect("opened"), text.as_bytes());
         }
     }
 }

@@ -63,18 +63,12 @@ pub fn key(bytes: &[u8]) -> Option<[u8; 32]> {
 pub fn result(iq: &Node, content: impl IntoIterator<Item = Node>) -> Node {
     let content: Vec<Node> = content.into_iter().collect();
     let answer = answer(iq, "result");
-    if content.is_empty() {
-        answer.build()
-    } else {
-        answer.children(content).build()
-    }
+    if content.is_empty() { answer.build() } else { answer.children(content).build() }
 }
 
 /// The bad answer to `iq`.
 pub fn failure(iq: &Node, code: u16, text: &'static str) -> Node {
-    answer(iq, "error")
-        .children([tag("error").attr("code", code).attr("text", text).build()])
-        .build()
+    answer(iq, "error").children([tag("error").attr("code", code).attr("text", text).build()]).build()
 }
 
 fn answer(iq: &Node, kind: &'static str) -> NodeBuilder {
@@ -84,9 +78,7 @@ fn answer(iq: &Node, kind: &'static str) -> NodeBuilder {
 
 /// Seconds since the epoch by the wall clock.
 pub fn now() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |elapsed| elapsed.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
 }
 
 /// A fresh id: hexadecimal, so it can never be mistaken for a JID.

@@ -119,11 +119,7 @@ impl Keys {
         self.inspected.add(1);
         let shard = &self.shards[key as usize % SHARDS];
         let mut generations = shard.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = generations
-            .young
-            .get(&key)
-            .or_else(|| generations.old.get(&key))
-            .copied();
+        let known = generations.young.get(&key).or_else(|| generations.old.get(&key)).copied();
         match known {
             Some(before) if before == sealed => self.identical.add(1),
             Some(_) => self.reused.add(1),
@@ -144,10 +140,7 @@ impl Stats {
         entry.now += 1;
         entry.logins += 1;
         entry.most_at_once = entry.most_at_once.max(entry.now);
-        Presence {
-            stats: Arc::clone(self),
-            device: device.clone(),
-        }
+        Presence { stats: Arc::clone(self), device: device.clone() }
     }
 
     /// Looks into every Signal envelope of a stanza for a message key seen before.

@@ -24,43 +24,28 @@ pub fn answer(world: &World, iq: &Node) -> Node {
     let users = usync.get_optional_child("list").map(children).unwrap_or_default();
     let users = users.iter().map(|node| user(world, &protocols, &Asked::read(node)));
     let list = tag("list").children(users).build();
-    let results = protocols
-        .iter()
-        .map(|protocol| tag_of(protocol))
-        .filter_map(|name| name.map(|name| tag(name).build()));
+    let results =
+        protocols.iter().map(|protocol| tag_of(protocol)).filter_map(|name| name.map(|name| tag(name).build()));
     let mut answer = tag("usync");
     for key in ["sid", "mode", "context", "index", "last"] {
         if let Some(value) = usync.attrs.get(key) {
             answer = answer.attr(key, value.clone());
         }
     }
-    stanza::result(
-        iq,
-        [answer.children([tag("result").children(results).build(), list]).build()],
-    )
+    stanza::result(iq, [answer.children([tag("result").children(results).build(), list]).build()])
 }
 
 fn tag_of(protocol: &str) -> Option<&'static str> {
-    [
-        "devices",
-        "contact",
-        "lid",
-        "status",
-        "business",
-        "disappearing_mode",
-        "picture",
-    ]
-    .into_iter()
-    .find(|known| *known == protocol)
+    ["devices", "contact", "lid", "status", "business", "disappearing_mode", "picture"]
+        .into_iter()
+        .find(|known| *known == protocol)
 }
 
 impl Asked {
     fn read(node: &Node) -> Self {
         let jid = jid(node, "jid").or_else(|| jid(node, "pn_jid"));
         let contact = node.get_optional_child("contact").and_then(bytes);
-        let contact = contact
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .filter(|text| !text.is_empty());
+        let contact = contact.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).filter(|text| !text.is_empty());
         let by_jid = jid.as_ref().and_then(resolve).map(|(device, _)| device.phone);
         let phone = by_jid.or_else(|| contact.as_deref().and_then(PhoneNumber::parse));
         Self { phone, jid, contact }
@@ -70,11 +55,7 @@ impl Asked {
 fn user(world: &World, protocols: &[&str], asked: &Asked) -> Node {
     let phone = asked.phone.as_ref();
     let known = phone.filter(|phone| world.account(phone).is_some());
-    let jid = asked
-        .jid
-        .as_ref()
-        .map(Jid::to_non_ad)
-        .or_else(|| phone.map(|phone| Namespace::Phone.user(phone)));
+    let jid = asked.jid.as_ref().map(Jid::to_non_ad).or_else(|| phone.map(|phone| Namespace::Phone.user(phone)));
     let mut node = tag("user");
     if let Some(jid) = jid {
         node = node.attr("jid", jid);
@@ -87,12 +68,7 @@ fn user(world: &World, protocols: &[&str], asked: &Asked) -> Node {
         (_, None) => None,
         ("devices", Some(phone)) => Some(devices(world, phone)),
         ("lid", Some(phone)) => Some(tag("lid").attr("val", Namespace::Hidden.user(phone)).build()),
-        ("status", Some(_)) => Some(
-            tag("status")
-                .attr("t", stanza::now())
-                .bytes("on the sandbox".as_bytes())
-                .build(),
-        ),
+        ("status", Some(_)) => Some(tag("status").attr("t", stanza::now()).bytes("on the sandbox".as_bytes()).build()),
         ("disappearing_mode", Some(_)) => Some(tag("disappearing_mode").attr("duration", 0).attr("t", 0).build()),
         ("business", Some(_)) => Some(tag("business").build()),
         _ => None,
@@ -117,12 +93,7 @@ fn devices(world: &World, phone: &PhoneNumber) -> Node {
         .iter()
         .map(|(device, key_index)| tag("device").attr("id", *device).attr("key-index", *key_index).build());
     let primary = tag("device").attr("id", 0).build();
-    let list = tag("device-list")
-        .children(std::iter::once(primary).chain(companions))
-        .build();
-    let index = tag("key-index-list")
-        .attr("ts", listing.at)
-        .bytes(listing.key_index_list)
-        .build();
+    let list = tag("device-list").children(std::iter::once(primary).chain(companions)).build();
+    let index = tag("key-index-list").attr("ts", listing.at).bytes(listing.key_index_list).build();
     tag("devices").children([list, index]).build()
 }

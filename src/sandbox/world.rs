@@ -73,12 +73,7 @@ impl World {
     }
 
     fn is_absent(&self, phone: &PhoneNumber) -> bool {
-        phone.absent_by_convention()
-            || self
-                .absent
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .contains(phone)
+        phone.absent_by_convention() || self.absent.lock().unwrap_or_else(PoisonError::into_inner).contains(phone)
     }
 
     /// The account of a number. Whoever is mentioned for the first time gets a phone, unless the number is absent.
@@ -99,8 +94,7 @@ impl World {
 
     /// The account, or an error for the HTTP door.
     pub fn require(&self, phone: &PhoneNumber) -> Result<Arc<Account>> {
-        self.account(phone)
-            .ok_or(SandboxError::NotFound("this number is not on WhatsApp"))
+        self.account(phone).ok_or(SandboxError::NotFound("this number is not on WhatsApp"))
     }
 
     fn with_state<T>(&self, phone: &PhoneNumber, read: impl FnOnce(&mut AccountState) -> T) -> Option<T> {
@@ -118,22 +112,17 @@ impl World {
 
     /// Looks at a linked device.
     pub fn with_companion<T>(&self, device: &DeviceAddress, read: impl FnOnce(&Companion) -> T) -> Option<T> {
-        self.with_state(&device.phone, |state| state.companions.get(&device.device).map(read))
-            .flatten()
+        self.with_state(&device.phone, |state| state.companions.get(&device.device).map(read)).flatten()
     }
 
     /// Changes a linked device.
     pub fn change_companion<T>(&self, device: &DeviceAddress, change: impl FnOnce(&mut Companion) -> T) -> Option<T> {
-        self.change_state(&device.phone, |state| {
-            state.companions.get_mut(&device.device).map(change)
-        })
-        .flatten()
+        self.change_state(&device.phone, |state| state.companions.get_mut(&device.device).map(change)).flatten()
     }
 
     /// The name others see.
     pub fn name_of(&self, phone: &PhoneNumber) -> String {
-        self.with_state(phone, |state| state.person.name.clone())
-            .unwrap_or_default()
+        self.with_state(phone, |state| state.person.name.clone()).unwrap_or_default()
     }
 
     /// All devices of a number, the phone first.
@@ -246,17 +235,10 @@ impl World {
 
     fn keys_for_strangers(&self, phone: &PhoneNumber, devices: &[DeviceAddress]) -> Vec<(DeviceAddress, Bundle)> {
         let unknown = |state: &mut AccountState| -> Vec<DeviceAddress> {
-            devices
-                .iter()
-                .filter(|device| !state.person.signal.knows(device))
-                .cloned()
-                .collect()
+            devices.iter().filter(|device| !state.person.signal.knows(device)).cloned().collect()
         };
         let strangers = self.with_state(phone, unknown).unwrap_or_default();
-        strangers
-            .into_iter()
-            .filter_map(|device| self.bundle(&device).map(|bundle| (device, bundle)))
-            .collect()
+        strangers.into_iter().filter_map(|device| self.bundle(&device).map(|bundle| (device, bundle))).collect()
     }
 
     /// The phone gives a linked device the key of the app state.
@@ -276,9 +258,7 @@ impl World {
         self.require(to)?;
         let of = |phone: &PhoneNumber| -> Vec<DeviceAddress> {
             let devices = self.devices(phone).into_iter();
-            devices
-                .map(|device| DeviceAddress::new(phone.clone(), device))
-                .collect()
+            devices.map(|device| DeviceAddress::new(phone.clone(), device)).collect()
         };
         let _turn = sender.turn();
         let mut targets = of(to);
@@ -303,9 +283,7 @@ impl World {
     pub fn read(&self, phone: &PhoneNumber, peer: &PhoneNumber) -> Result<usize> {
         let reader = self.require(phone)?;
         let _turn = reader.turn();
-        let ticks = self
-            .change_state(phone, |state| state.person.read_all(peer))
-            .unwrap_or_default();
+        let ticks = self.change_state(phone, |state| state.person.read_all(peer)).unwrap_or_default();
         for tick in &ticks {
             self.deliver(tick.deliveries(self));
         }
@@ -341,13 +319,8 @@ impl World {
         if !self.files.keeps() {
             return Ok(());
         }
-        let accounts: Vec<_> = self
-            .accounts
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .values()
-            .map(Arc::clone)
-            .collect();
+        let accounts: Vec<_> =
+            self.accounts.read().unwrap_or_else(PoisonError::into_inner).values().map(Arc::clone).collect();
         for account in accounts.iter().filter(|account| account.dirty.load(Ordering::Acquire)) {
             self.save(account)?;
         }

@@ -6,7 +6,7 @@ use super::key::{Tag, full_key};
 use crate::domain::id::NumberId;
 
 /// Largest value of one record, in bytes, its leading byte included.
-pub const VALUE_BYTES_MAX: usize = 16 * 1024;
+pub(super) const VALUE_BYTES_MAX: usize = 16 * 1024;
 
 const WHOLE: u8 = 1;
 const CUT: u8 = 2;
@@ -49,9 +49,7 @@ pub(super) fn piece_count(stored: &[u8]) -> u16 {
 
 /// The keys of the pieces behind a stored head.
 pub(super) fn piece_keys(number: NumberId, tag: Tag, rest: &[u8], stored: &[u8]) -> Vec<Vec<u8>> {
-    (0..piece_count(stored))
-        .map(|index| piece_key(number, tag, rest, index))
-        .collect()
+    (0..piece_count(stored)).map(|index| piece_key(number, tag, rest, index)).collect()
 }
 
 /// Puts a value together again; `read` gets one record by its full key.

@@ -78,23 +78,9 @@ impl Committer {
         let (jobs, queue) = sync_channel(QUEUE_UNITS_MAX);
         let failed = Arc::new(AtomicBool::new(false));
         let stats = Arc::new(CommitterStats::default());
-        let mut worker = Worker {
-            db,
-            tree,
-            log,
-            queue,
-            failed: failed.clone(),
-            stats: stats.clone(),
-        };
-        let thread = std::thread::Builder::new()
-            .name(format!("commit-{name}"))
-            .spawn(move || worker.run())?;
-        Ok(Self {
-            jobs,
-            failed,
-            stats,
-            thread: std::sync::Mutex::new(Some(thread)),
-        })
+        let mut worker = Worker { db, tree, log, queue, failed: failed.clone(), stats: stats.clone() };
+        let thread = std::thread::Builder::new().name(format!("commit-{name}")).spawn(move || worker.run())?;
+        Ok(Self { jobs, failed, stats, thread: std::sync::Mutex::new(Some(thread)) })
     }
 
     /// Queues a unit; `done` is called once it is on disk, or not. When this fails `done` was called with the error.
@@ -219,10 +205,7 @@ impl Worker {
         if let Some(staged) = overlay.get(key) {
             return Ok(staged.clone());
         }
-        let stored = self
-            .tree
-            .get(key)
-            .map_err(|error| StoreError::Failed(error.to_string()))?;
+        let stored = self.tree.get(key).map_err(|error| StoreError::Failed(error.to_string()))?;
         Ok(stored.map(|value| value.to_vec()))
     }
 
@@ -245,21 +228,20 @@ impl Worker {
                 RawCheck::Absent(_) | RawCheck::Present(_) | RawCheck::Equals(..) => {}
             }
         }
+        // Looked up before anything is staged, so that a failed read leaves nothing of the unit behind.
+        let mut staged = Vec::with_capacity(ops.len());
         for op in ops {
             match op {
-                RawOp::Put(key, value) => {
-                    overlay.insert(key, Some(value));
-                }
-                RawOp::Delete(key) => {
-                    overlay.insert(key, None);
-                }
+                RawOp::Put(key, value) => staged.push((key, Some(value))),
+                RawOp::Delete(key) => staged.push((key, None)),
                 RawOp::DeletePieces(key, pieces) => {
                     if let Some(head) = self.current(&key, overlay)? {
-                        overlay.extend(pieces(&head).into_iter().map(|piece| (piece, None)));
+                        staged.extend(pieces(&head).into_iter().map(|piece| (piece, None)));
                     }
                 }
             }
         }
+        overlay.extend(staged);
         Ok(())
     }
 
@@ -272,9 +254,7 @@ impl Worker {
                     None => batch.remove(key),
                 }
             }
-            self.tree
-                .apply_batch(batch)
-                .map_err(|error| StoreError::Failed(error.to_string()))?;
+            self.tree.apply_batch(batch).map_err(|error| StoreError::Failed(error.to_string()))?;
         }
         if durable { self.sync() } else { Ok(()) }
     }
@@ -282,9 +262,7 @@ impl Worker {
     fn sync(&self) -> Result<(), StoreError> {
         let begun = std::time::Instant::now();
         self.db.flush().map_err(|error| StoreError::Failed(error.to_string()))?;
-        self.log
-            .sync_data()
-            .map_err(|error| StoreError::Failed(error.to_string()))?;
+        self.log.sync_data().map_err(|error| StoreError::Failed(error.to_string()))?;
         let micros = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.stats.sync_micros.fetch_add(micros, Ordering::Relaxed);
         Ok(())

@@ -50,9 +50,7 @@ pub struct Store {
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Store")
-            .field("volumes", &self.volumes.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Store").field("volumes", &self.volumes.len()).finish_non_exhaustive()
     }
 }
 
@@ -64,17 +62,9 @@ impl Store {
     /// When another process holds the directory or its meta Db does not open. A volume that does not open is
     /// reported by [`Self::claim`] for the numbers in it.
     pub fn open(dir: &Path, new_secret: [u8; 32]) -> Result<Self, OpenError> {
-        let io = |error| OpenError::Io {
-            path: dir.to_owned(),
-            error,
-        };
+        let io = |error| OpenError::Io { path: dir.to_owned(), error };
         fs::create_dir_all(dir).map_err(io)?;
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(dir.join("lock"))
-            .map_err(io)?;
+        let lock = File::options().create(true).truncate(false).write(true).open(dir.join("lock")).map_err(io)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => return Err(OpenError::InUse(dir.to_owned())),
@@ -90,11 +80,7 @@ impl Store {
             }
             volumes.push(opened.map(Arc::new));
         }
-        Ok(Self {
-            meta: Arc::new(meta),
-            volumes,
-            _lock: lock,
-        })
+        Ok(Self { meta: Arc::new(meta), volumes, _lock: lock })
     }
 
     /// What the daemon as a whole knows.
@@ -120,10 +106,9 @@ impl Store {
         let key = full_key(number, Tag::Epoch, &[]);
         let previous = match volume.get(&key)?.as_deref() {
             None => 0,
-            Some(bytes) => bytes
-                .try_into()
-                .map(u64::from_be_bytes)
-                .map_err(|_| StoreError::Corrupt("epoch".to_owned()))?,
+            Some(bytes) => {
+                bytes.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Corrupt("epoch".to_owned()))?
+            }
         };
         let epoch = Epoch(previous + 1);
         let (answer, done) = tokio::sync::oneshot::channel();
@@ -159,13 +144,7 @@ impl Store {
             let done_box = Box::new(move |outcome| {
                 let _ = answer.send(outcome);
             });
-            volume.submit(Request {
-                ops,
-                checks: Vec::new(),
-                bytes: 0,
-                durable: true,
-                done: done_box,
-            });
+            volume.submit(Request { ops, checks: Vec::new(), bytes: 0, durable: true, done: done_box });
             done.await.unwrap_or(Err(StoreError::Closed))?;
         }
     }
@@ -193,9 +172,7 @@ impl Store {
     /// Whether a volume failed or never opened.
     #[must_use]
     pub fn has_failed_volume(&self) -> bool {
-        self.volumes
-            .iter()
-            .any(|volume| volume.as_ref().map_or(true, |volume| volume.is_failed()))
+        self.volumes.iter().any(|volume| volume.as_ref().map_or(true, |volume| volume.is_failed()))
     }
 
     /// Writes what is queued, syncs and stops the committers. Blocks on the disk.

@@ -144,18 +144,12 @@ impl Meta {
             Some(bytes) => {
                 let settings: Settings = decode(&bytes)?;
                 if settings.schema != SCHEMA_VERSION {
-                    return Err(StoreError::Corrupt(format!(
-                        "schema {} is not supported",
-                        settings.schema
-                    )));
+                    return Err(StoreError::Corrupt(format!("schema {} is not supported", settings.schema)));
                 }
                 settings.secret
             }
             None => {
-                let settings = Settings {
-                    schema: SCHEMA_VERSION,
-                    secret: new_secret,
-                };
+                let settings = Settings { schema: SCHEMA_VERSION, secret: new_secret };
                 let (answer, done) = std::sync::mpsc::channel();
                 volume.submit(Request {
                     ops: vec![RawOp::Put(SETTINGS.to_vec(), encode(&settings)?)],
@@ -183,12 +177,7 @@ impl Meta {
                 _ => {}
             }
         }
-        Ok(Self {
-            volume,
-            secret,
-            tables: RwLock::new(tables),
-            writer: Mutex::new(()),
-        })
+        Ok(Self { volume, secret, tables: RwLock::new(tables), writer: Mutex::new(()) })
     }
 
     pub(super) fn secret(&self) -> [u8; 32] {
@@ -208,13 +197,7 @@ impl Meta {
         let done_box = Box::new(move |outcome| {
             let _ = answer.send(outcome);
         });
-        self.volume.submit(Request {
-            ops,
-            checks: Vec::new(),
-            bytes: 0,
-            durable: true,
-            done: done_box,
-        });
+        self.volume.submit(Request { ops, checks: Vec::new(), bytes: 0, durable: true, done: done_box });
         done.await.unwrap_or(Err(StoreError::Closed))
     }
 
@@ -224,11 +207,7 @@ impl Meta {
     /// When the disk refuses.
     pub async fn put_tenant(&self, record: TenantRecord) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
-        self.write(vec![RawOp::Put(
-            key_of(TENANT, &record.id.0.to_be_bytes()),
-            encode(&record)?,
-        )])
-        .await?;
+        self.write(vec![RawOp::Put(key_of(TENANT, &record.id.0.to_be_bytes()), encode(&record)?)]).await?;
         self.change(|tables| drop(tables.tenants.insert(record.id, record)));
         Ok(())
     }
@@ -263,9 +242,7 @@ impl Meta {
         self.write(ops).await?;
         self.change(|tables| {
             tables.insert_number(record);
-            tables
-                .keys
-                .extend(keys.into_iter().map(|key| (key.id.clone(), Arc::new(key))));
+            tables.keys.extend(keys.into_iter().map(|key| (key.id.clone(), Arc::new(key))));
         });
         Ok(())
     }
@@ -276,11 +253,7 @@ impl Meta {
     /// When the disk refuses.
     pub async fn update_number(&self, record: NumberRecord) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
-        self.write(vec![RawOp::Put(
-            key_of(NUMBER, &record.id.0.to_be_bytes()),
-            encode(&record)?,
-        )])
-        .await?;
+        self.write(vec![RawOp::Put(key_of(NUMBER, &record.id.0.to_be_bytes()), encode(&record)?)]).await?;
         self.change(|tables| tables.insert_number(record));
         Ok(())
     }
@@ -318,10 +291,7 @@ impl Meta {
     #[must_use]
     pub fn numbers(&self, tenant: Option<TenantId>) -> Vec<Arc<NumberRecord>> {
         let tables = self.tables();
-        let wanted = tables
-            .numbers
-            .values()
-            .filter(|record| tenant.is_none_or(|tenant| record.tenant == tenant));
+        let wanted = tables.numbers.values().filter(|record| tenant.is_none_or(|tenant| record.tenant == tenant));
         let mut all: Vec<_> = wanted.cloned().collect();
         all.sort_by_key(|record| (record.created_at, record.id));
         all
@@ -343,8 +313,7 @@ impl Meta {
     /// When the disk refuses.
     pub async fn put_key(&self, record: KeyRecord) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
-        self.write(vec![RawOp::Put(key_of(KEY, record.id.as_bytes()), encode(&record)?)])
-            .await?;
+        self.write(vec![RawOp::Put(key_of(KEY, record.id.as_bytes()), encode(&record)?)]).await?;
         self.change(|tables| drop(tables.keys.insert(record.id.clone(), Arc::new(record))));
         Ok(())
     }
@@ -359,12 +328,7 @@ impl Meta {
     #[must_use]
     pub fn keys_of(&self, subject: KeySubject) -> Vec<Arc<KeyRecord>> {
         let tables = self.tables();
-        let mut keys: Vec<_> = tables
-            .keys
-            .values()
-            .filter(|key| key.subject == subject)
-            .cloned()
-            .collect();
+        let mut keys: Vec<_> = tables.keys.values().filter(|key| key.subject == subject).cloned().collect();
         keys.sort_by_key(|key| key.created_at);
         keys
     }

@@ -9,5 +9,6 @@ pub mod layout;
 pub mod meta;
 pub mod number_store;
 mod open;
+pub mod records;
 pub mod unit;
 mod volume;

@@ -48,15 +48,7 @@ impl std::fmt::Debug for NumberStore {
 
 impl NumberStore {
     pub(super) fn open(number: NumberId, epoch: Epoch, secret: [u8; 32], volume: Arc<Volume>) -> Self {
-        Self {
-            inner: Arc::new(Inner {
-                number,
-                epoch,
-                secret,
-                volume,
-                poisoned: AtomicBool::new(false),
-            }),
-        }
+        Self { inner: Arc::new(Inner { number, epoch, secret, volume, poisoned: AtomicBool::new(false) }) }
     }
 
     /// Whose store it is.

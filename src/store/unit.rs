@@ -70,30 +70,18 @@ impl Unit {
     /// An empty durable unit. Committing one waits for everything committed before it.
     #[must_use]
     pub fn durable() -> Self {
-        Self {
-            ops: Vec::new(),
-            checks: Vec::new(),
-            durability: Durability::Durable,
-        }
+        Self { ops: Vec::new(), checks: Vec::new(), durability: Durability::Durable }
     }
 
     /// An empty unit nobody waits for.
     #[must_use]
     pub fn rides_along() -> Self {
-        Self {
-            ops: Vec::new(),
-            checks: Vec::new(),
-            durability: Durability::RidesAlong,
-        }
+        Self { ops: Vec::new(), checks: Vec::new(), durability: Durability::RidesAlong }
     }
 
     /// Adds a write.
     pub fn put(&mut self, tag: Tag, rest: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) -> &mut Self {
-        self.ops.push(Op::Put {
-            tag,
-            rest: rest.into(),
-            value: value.into(),
-        });
+        self.ops.push(Op::Put { tag, rest: rest.into(), value: value.into() });
         self
     }
 

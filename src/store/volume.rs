@@ -25,10 +25,7 @@ impl Volume {
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        let value = self
-            .tree
-            .get(key)
-            .map_err(|error| StoreError::Failed(error.to_string()))?;
+        let value = self.tree.get(key).map_err(|error| StoreError::Failed(error.to_string()))?;
         Ok(value.map(|value| value.to_vec()))
     }
 
@@ -41,11 +38,7 @@ impl Volume {
         limit: usize,
     ) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         let range = self.tree.range(from..to);
-        let taken: Vec<_> = if newest_first {
-            range.rev().take(limit).collect()
-        } else {
-            range.take(limit).collect()
-        };
+        let taken: Vec<_> = if newest_first { range.rev().take(limit).collect() } else { range.take(limit).collect() };
         let mut rows = Vec::with_capacity(taken.len());
         for row in taken {
             let (key, value) = row.map_err(|error| StoreError::Failed(error.to_string()))?;

@@ -116,9 +116,7 @@ pub(super) async fn build(
     let client = build.into_client();
     parts.signals.attach(&client);
     if is_new {
-        let props = DevicePropsOverride::new()
-            .with_os(DEVICE_NAME)
-            .with_platform_type(PlatformType::DESKTOP);
+        let props = DevicePropsOverride::new().with_os(DEVICE_NAME).with_platform_type(PlatformType::DESKTOP);
         client.set_device_props(props).await;
     }
     Ok(client)

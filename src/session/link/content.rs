@@ -165,10 +165,7 @@ mod tests {
     use whatsapp_rust::buffa::MessageField;
 
     fn text(text: &str) -> wa::Message {
-        wa::Message {
-            conversation: Some(text.to_owned()),
-            ..Default::default()
-        }
+        wa::Message { conversation: Some(text.to_owned()), ..Default::default() }
     }
 
     fn ephemeral(inner: wa::Message) -> wa::Message {
@@ -216,14 +213,8 @@ mod tests {
             image_message: MessageField::some(wa::message::ImageMessage::default()),
             ..Default::default()
         };
-        assert_eq!(
-            content(&ephemeral(image)),
-            Some(Content::Other("imageMessage".to_owned()))
-        );
-        assert_eq!(
-            content(&protocol(ProtocolType::REVOKE)),
-            Some(Content::Other("protocolMessage".to_owned()))
-        );
+        assert_eq!(content(&ephemeral(image)), Some(Content::Other("imageMessage".to_owned())));
+        assert_eq!(content(&protocol(ProtocolType::REVOKE)), Some(Content::Other("protocolMessage".to_owned())));
     }
 
     #[test]
@@ -250,10 +241,8 @@ mod tests {
     fn the_digest_ignores_envelopes_and_nothing_else() {
         let of = |message: &wa::Message| digest(message, &content(message).unwrap());
         let mut dressed = ephemeral(text("hello"));
-        dressed.message_context_info = MessageField::some(wa::MessageContextInfo {
-            message_secret: Some(vec![1; 32]),
-            ..Default::default()
-        });
+        dressed.message_context_info =
+            MessageField::some(wa::MessageContextInfo { message_secret: Some(vec![1; 32]), ..Default::default() });
         assert_eq!(of(&text("hello")), of(&dressed));
         assert_ne!(of(&text("hello")), of(&text("hello ")));
         let image = |url: &str| wa::Message {

@@ -63,7 +63,7 @@ const PAIRED_WITHIN: Duration = Duration::from_secs(5);
 /// Connections of one pairing: the one with the code, and a few attempts at the first login.
 const PAIRING_RUNS_MAX: u32 = 4;
 /// Recovered messages made durable at once.
-const RECOVERIES_AT_ONCE_MAX: usize = 4;
+const RECOVERIES_MAX: usize = 4;
 
 /// Owns everything a session started; on an abort of the session this is what ends the library's tasks.
 struct CloseOnDrop(Arc<LinkRuntime>);
@@ -85,13 +85,7 @@ pub(super) fn drive(
 }
 
 async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands: mpsc::Receiver<SessionCommand>) {
-    let LinkParams {
-        store,
-        purpose,
-        slot,
-        events,
-        span,
-    } = params;
+    let LinkParams { store, purpose, slot, events, span } = params;
     let (queue, entries) = mpsc::channel(QUEUE_MAX);
     let (recovered, recoveries) = mpsc::channel(RECOVERED_MAX);
     let expected = match &purpose {
@@ -114,21 +108,14 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
     };
     let runtime = CloseOnDrop(parts.runtime.clone());
     let living = live(&parts, store, purpose, commands, recoveries, span);
-    let reason = AssertUnwindSafe(living)
-        .catch_unwind()
-        .await
-        .unwrap_or(CloseReason::Crashed);
+    let reason = AssertUnwindSafe(living).catch_unwind().await.unwrap_or(CloseReason::Crashed);
     drop(runtime);
     parts.slot.close().await;
     parts.slot.release().await;
     if reason == CloseReason::ClientOutdated {
         environment.distrust_version().await;
     }
-    tracing::info!(
-        reason = reason.code(),
-        dropped = parts.signals.dropped(),
-        "session closed"
-    );
+    tracing::info!(reason = reason.code(), dropped = parts.signals.dropped(), "session closed");
     let _ = finish.send(reason);
     while pumping.join_next().await.is_some() {}
 }
@@ -144,9 +131,7 @@ async fn live(
     let is_pairing = matches!(purpose, Purpose::Pair { .. });
     match (is_pairing, is_linked(&store).await) {
         (true, true) => {
-            return CloseReason::PairingRefused {
-                code: "ALREADY_LINKED".to_owned(),
-            };
+            return CloseReason::PairingRefused { code: "ALREADY_LINKED".to_owned() };
         }
         // Nothing to log in with: only its owner can help, as after a logout.
         (false, false) => return CloseReason::LoggedOut { code: 401 },
@@ -163,11 +148,7 @@ async fn live(
     let Ok(client) = client::build(parts, persistence, version).await else {
         return CloseReason::StoreFailed;
     };
-    let wire = Wire {
-        client: client.clone(),
-        backend: parts.backend.clone(),
-        store: store.clone(),
-    };
+    let wire = Wire { client: client.clone(), backend: parts.backend.clone(), store: store.clone() };
     let mut connection = Connection {
         parts,
         store,
@@ -251,7 +232,7 @@ impl Connection<'_> {
             command = self.commands.recv() => Turn::Command(command),
             () = self.outbound.progress() => Turn::Sent,
             Some(_) = self.delivering.join_next() => Turn::Delivered,
-            Some(message) = self.recovered.recv(), if self.delivering.len() < RECOVERIES_AT_ONCE_MAX => Turn::Recovered(message),
+            Some(message) = self.recovered.recv(), if self.delivering.len() < RECOVERIES_MAX => Turn::Recovered(message),
             () = sleep_until(self.tick_at) => Turn::Tick,
         }
     }
@@ -303,10 +284,7 @@ impl Connection<'_> {
         if !self.signals().is_online() {
             self.online_by = Some(Instant::now() + FIRST_LOGIN_WITHIN);
         }
-        let event = SessionEvent::Paired {
-            phone: paired.phone,
-            lid: paired.lid,
-        };
+        let event = SessionEvent::Paired { phone: paired.phone, lid: paired.lid };
         self.signals().deliver(event).await;
         None
     }
@@ -383,11 +361,7 @@ impl Connection<'_> {
         self.tick_at = now + TICK.mul_f64(rand::random_range(0.9..1.0));
         if self.online_by.is_some_and(|by| now >= by) {
             let unscanned = self.is_pairing && !self.announced;
-            return Some(if unscanned {
-                CloseReason::PairingEnded
-            } else {
-                CloseReason::Unresponsive
-            });
+            return Some(if unscanned { CloseReason::PairingEnded } else { CloseReason::Unresponsive });
         }
         if !self.signals().is_online() {
             return None;
@@ -409,24 +383,12 @@ impl Connection<'_> {
     }
 
     async fn tear_down(self, reason: CloseReason) -> CloseReason {
-        let Connection {
-            parts,
-            store,
-            client,
-            subscription,
-            raw_nodes,
-            outbound,
-            mut commands,
-            mut running,
-            ..
-        } = self;
+        let Connection { parts, store, client, subscription, raw_nodes, outbound, mut commands, mut running, .. } =
+            self;
         let signals = &parts.signals;
         refuse_waiting(&mut commands, signals);
         let is_abrupt = store.is_poisoned()
-            || matches!(
-                reason,
-                CloseReason::StoreFailed | CloseReason::Crashed | CloseReason::PairingRefused { .. }
-            );
+            || matches!(reason, CloseReason::StoreFailed | CloseReason::Crashed | CloseReason::PairingRefused { .. });
         if is_abrupt {
             // What the client still holds was not made durable, so neither the disk nor WhatsApp may see it.
             signals.seal();
@@ -468,18 +430,12 @@ fn refuse_waiting(commands: &mut mpsc::Receiver<SessionCommand>, signals: &Signa
     commands.close();
     while let Ok(command) = commands.try_recv() {
         if let SessionCommand::Send(message) = command {
-            signals.tell(SessionEvent::NotWritten {
-                seq: message.seq,
-                error: SendError::Offline,
-            });
+            signals.tell(SessionEvent::NotWritten { seq: message.seq, error: SendError::Offline });
         }
     }
 }
 
 /// Reasons that stay true whatever happened to our own store.
 fn is_final(reason: &CloseReason) -> bool {
-    matches!(
-        reason,
-        CloseReason::LoggedOut { .. } | CloseReason::Locked | CloseReason::Banned | CloseReason::Replaced
-    )
+    matches!(reason, CloseReason::LoggedOut { .. } | CloseReason::Locked | CloseReason::Banned | CloseReason::Replaced)
 }

@@ -37,10 +37,7 @@ pub struct LinkConfig {
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self {
-            url: WHATSAPP_WEB_WS_URL.to_owned(),
-            client_version: None,
-        }
+        Self { url: WHATSAPP_WEB_WS_URL.to_owned(), client_version: None }
     }
 }
 
@@ -96,10 +93,7 @@ impl std::fmt::Debug for LinkEnvironment {
 fn tls_config() -> Result<rustls::ClientConfig, rustls::Error> {
     let roots: rustls::RootCertStore = webpki_roots::TLS_SERVER_ROOTS.iter().cloned().collect();
     let builder = rustls::ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
-    Ok(builder
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth())
+    Ok(builder.with_safe_default_protocol_versions()?.with_root_certificates(roots).with_no_client_auth())
 }
 
 fn endpoint(text: &str, tls: &rustls::ClientConfig, sandbox_build: bool) -> Result<Endpoint, EnvironmentError> {
@@ -259,10 +253,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_version_that_was_found_survives_a_failing_look_up() {
-        let config = LinkConfig {
-            url: "ws://127.0.0.1:9/".to_owned(),
-            client_version: None,
-        };
+        let config = LinkConfig { url: "ws://127.0.0.1:9/".to_owned(), client_version: None };
         let environment = LinkEnvironment::new(config).unwrap();
         environment.versions.lock().await.failed_at = Some(Instant::now());
         assert_eq!(environment.client_version().await, None);

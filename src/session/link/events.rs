@@ -61,10 +61,9 @@ impl Handler {
             Event::RawNode(node) => self.stanza(node.get()),
             Event::Connected(_) => self.signals.go_online(),
             Event::Disconnected(disconnected) => self.disconnected(disconnected),
-            Event::PairingQrCode(qr) => self.signals.tell(SessionEvent::QrCode {
-                code: qr.code.clone(),
-                valid_for: qr.timeout,
-            }),
+            Event::PairingQrCode(qr) => {
+                self.signals.tell(SessionEvent::QrCode { code: qr.code.clone(), valid_for: qr.timeout });
+            }
             Event::PairingQrCodesExhausted(_) => self.signals.end(CloseReason::PairingEnded),
             Event::PairSuccess(success) => self.paired(success),
             Event::PairError(_) => self.refuse("BAD_SIGNATURE"),
@@ -131,10 +130,7 @@ impl Handler {
             return;
         }
         let error = ack.error.as_ref().map(|error| error.parse().unwrap_or(0));
-        self.signals.tell(SessionEvent::Acked {
-            whatsapp_id: ack.id.clone(),
-            error,
-        });
+        self.signals.tell(SessionEvent::Acked { whatsapp_id: ack.id.clone(), error });
     }
 
     fn receipt(&self, receipt: &Receipt) {
@@ -177,9 +173,7 @@ mod tests {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
         let signals = Signals::new(Phone::parse(expected).ok(), queue, late);
-        let handler = Handler {
-            signals: signals.clone(),
-        };
+        let handler = Handler { signals: signals.clone() };
         (handler, signals, entries)
     }
 
@@ -196,9 +190,7 @@ mod tests {
         assert!(signals.before_write().await.is_err());
         assert_eq!(
             signals.ending(Certainty::EndNow),
-            Some(CloseReason::PairingRefused {
-                code: "WRONG_NUMBER".to_owned()
-            })
+            Some(CloseReason::PairingRefused { code: "WRONG_NUMBER".to_owned() })
         );
     }
 
@@ -208,10 +200,7 @@ mod tests {
         assert!(signals.before_write().await.is_ok());
         handler.stanza(&pair_success("5511999990001:0@s.whatsapp.net").as_node_ref());
         assert_eq!(signals.ending(Certainty::Maybe), None);
-        assert!(
-            signals.before_write().await.is_err(),
-            "there is nothing to make durable with"
-        );
+        assert!(signals.before_write().await.is_err(), "there is nothing to make durable with");
     }
 
     #[tokio::test]
@@ -258,10 +247,7 @@ mod tests {
             handler.disconnected(&Disconnected::builder().reason(reason).build());
             signals.ending(Certainty::Ending)
         };
-        let close = |code| DisconnectReason::ServerClose {
-            code: Some(code),
-            reason: String::new(),
-        };
+        let close = |code| DisconnectReason::ServerClose { code: Some(code), reason: String::new() };
         assert_eq!(ended(close(1000)), Some(CloseReason::Recycled));
         assert_eq!(ended(close(1011)), Some(CloseReason::ConnectionLost));
         assert_eq!(ended(DisconnectReason::StreamEnded), Some(CloseReason::ConnectionLost));

@@ -35,9 +35,7 @@ impl LinkHttp {
 /// the library always writes `https`.
 fn target(text: &str, loopback_only: bool) -> anyhow::Result<url::Url> {
     let mut url = url::Url::parse(text).context("address")?;
-    let host: Option<IpAddr> = url
-        .host_str()
-        .and_then(|host| host.trim_matches(['[', ']']).parse().ok());
+    let host: Option<IpAddr> = url.host_str().and_then(|host| host.trim_matches(['[', ']']).parse().ok());
     let is_loopback = host.is_some_and(|address| address.is_loopback());
     if loopback_only && !is_loopback {
         bail!("this build may only speak to the loopback interface");
@@ -85,11 +83,7 @@ mod tests {
         assert_eq!(of("https://[::1]:7480/"), "http://[::1]:7480/");
         assert_eq!(of("https://127.0.0.1/media"), "https://127.0.0.1/media");
         assert_eq!(of("https://web.whatsapp.com/sw.js"), "https://web.whatsapp.com/sw.js");
-        assert_eq!(
-            of("https://localhost:7480/"),
-            "https://localhost:7480/",
-            "a name can be resolved to anything"
-        );
+        assert_eq!(of("https://localhost:7480/"), "https://localhost:7480/", "a name can be resolved to anything");
     }
 
     #[test]

@@ -66,10 +66,7 @@ trait GroupLike {
 impl GroupLike for Jid {
     fn is_group_like(&self) -> bool {
         use whatsapp_rust::Server;
-        matches!(
-            self.server,
-            Server::Group | Server::Broadcast | Server::Newsletter | Server::Call
-        )
+        matches!(self.server, Server::Group | Server::Broadcast | Server::Newsletter | Server::Call)
     }
 }
 
@@ -80,11 +77,7 @@ fn written_at(info: &MessageInfo) -> Timestamp {
 /// One message in the daemon's terms, but for the address the stanza did not carry. `None`: not for the history
 /// (groups and channels are not served yet; control messages say nothing to a person).
 fn incoming(info: &MessageInfo, content: Content, digest: [u8; 16]) -> Option<Incoming> {
-    let direction = if info.source.is_from_me {
-        Direction::OwnDevice
-    } else {
-        Direction::Inbound
-    };
+    let direction = if info.source.is_from_me { Direction::OwnDevice } else { Direction::Inbound };
     let named = direction == Direction::Inbound && !info.push_name.is_empty();
     Some(Incoming {
         whatsapp_id: info.id.clone(),
@@ -111,10 +104,7 @@ pub(super) struct Inbox {
 
 impl Inbox {
     pub(super) fn new(signals: Arc<Signals>) -> Arc<Self> {
-        Arc::new(Self {
-            signals,
-            durable_within: DURABLE_WITHIN,
-        })
+        Arc::new(Self { signals, durable_within: DURABLE_WITHIN })
     }
 
     /// Makes one chunk durable, offering it again until the deadline. False: it is not durable.
@@ -122,10 +112,7 @@ impl Inbox {
         let deadline = Instant::now() + self.durable_within;
         loop {
             let (durable, answer) = oneshot::channel();
-            let event = SessionEvent::Inbound {
-                messages: messages.clone(),
-                durable,
-            };
+            let event = SessionEvent::Inbound { messages: messages.clone(), durable };
             let offered = async { self.signals.deliver(event).await && matches!(answer.await, Ok(Ok(()))) };
             match timeout_at(deadline, offered).await {
                 Ok(true) => return true,
@@ -195,12 +182,7 @@ mod tests {
     use whatsapp_rust::waproto::whatsapp as wa;
 
     fn info(source: MessageSource) -> MessageInfo {
-        MessageInfo {
-            source,
-            id: "3EB0".to_owned(),
-            push_name: "Ana".to_owned(),
-            ..Default::default()
-        }
+        MessageInfo { source, id: "3EB0".to_owned(), push_name: "Ana".to_owned(), ..Default::default() }
     }
 
     fn jid(text: &str) -> Jid {
@@ -255,19 +237,13 @@ mod tests {
     fn inbox() -> (Arc<Inbox>, mpsc::Receiver<Queued>) {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
-        let inbox = Inbox {
-            signals: Signals::new(None, queue, late),
-            durable_within: Duration::from_secs(3),
-        };
+        let inbox = Inbox { signals: Signals::new(None, queue, late), durable_within: Duration::from_secs(3) };
         (Arc::new(inbox), entries)
     }
 
     fn message(text: &str) -> Incoming {
         let received = InboundMessage::builder()
-            .message(Arc::new(wa::Message {
-                conversation: Some(text.to_owned()),
-                ..Default::default()
-            }))
+            .message(Arc::new(wa::Message { conversation: Some(text.to_owned()), ..Default::default() }))
             .info(Arc::new(info(MessageSource {
                 chat: jid("5511999990002@s.whatsapp.net"),
                 sender: jid("5511999990002@s.whatsapp.net"),

@@ -30,23 +30,12 @@ async fn finished(entry: Queued, signals: &Signals, placeholders: &mut Placehold
     match entry {
         Queued::Event(event) => Some(event),
         Queued::Receipt(receipt) => {
-            let RawReceipt {
-                whatsapp_ids,
-                from,
-                also,
-                kind,
-                at,
-            } = *receipt;
+            let RawReceipt { whatsapp_ids, from, also, kind, at } = *receipt;
             let mut from = contact_of([&from].into_iter().chain(&also))?;
             if let Some(client) = signals.client() {
                 complete(&client, &mut from).await;
             }
-            Some(SessionEvent::Receipt {
-                whatsapp_ids,
-                from,
-                kind,
-                at,
-            })
+            Some(SessionEvent::Receipt { whatsapp_ids, from, kind, at })
         }
         Queued::Placeholder(mut message) => {
             if let Some(client) = signals.client() {
@@ -54,10 +43,7 @@ async fn finished(entry: Queued, signals: &Signals, placeholders: &mut Placehold
             }
             let (durable, answer) = oneshot::channel();
             placeholders.watch(answer);
-            Some(SessionEvent::Inbound {
-                messages: vec![*message],
-                durable,
-            })
+            Some(SessionEvent::Inbound { messages: vec![*message], durable })
         }
     }
 }
@@ -131,10 +117,7 @@ mod tests {
         signals.tell(SessionEvent::Alive);
         let pumping = tokio::spawn(pump(signals.clone(), entries, events, last));
         signals.woken().await;
-        assert_eq!(
-            signals.ending(crate::session::link::stanza::Certainty::EndNow),
-            Some(CloseReason::Requested)
-        );
+        assert_eq!(signals.ending(crate::session::link::stanza::Certainty::EndNow), Some(CloseReason::Requested));
         finish.send(CloseReason::Requested).unwrap();
         pumping.await.unwrap();
     }

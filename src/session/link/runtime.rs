@@ -50,12 +50,7 @@ impl Drop for Counted {
 
 impl LinkRuntime {
     pub(super) fn new(span: tracing::Span, on_panic: Arc<dyn Fn() + Send + Sync>) -> Arc<Self> {
-        Arc::new(Self {
-            tasks: Mutex::new(Some(JoinSet::new())),
-            live: Arc::default(),
-            span,
-            on_panic,
-        })
+        Arc::new(Self { tasks: Mutex::new(Some(JoinSet::new())), live: Arc::default(), span, on_panic })
     }
 
     fn start(&self, task: Task) -> Option<tokio::task::AbortHandle> {
@@ -153,9 +148,7 @@ mod tests {
     async fn counts_tasks_and_tells_panics() {
         let (runtime, panicked) = runtime();
         runtime.spawn_detached(Box::pin(async {}));
-        runtime
-            .spawn(Box::pin(async { panic!("expected by this test") }))
-            .detach();
+        runtime.spawn(Box::pin(async { panic!("expected by this test") })).detach();
         assert!(runtime.idle(Duration::from_secs(5)).await);
         assert!(panicked.load(Ordering::SeqCst));
         assert_eq!(runtime.live(), 0);

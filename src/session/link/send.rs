@@ -69,10 +69,7 @@ impl Outbound {
     /// Takes a message; its answer comes as `Written` or `NotWritten`.
     pub(super) fn take(&mut self, message: Outgoing) {
         if self.waiting >= WAITING_MAX {
-            self.signals.tell(SessionEvent::NotWritten {
-                seq: message.seq,
-                error: SendError::Other,
-            });
+            self.signals.tell(SessionEvent::NotWritten { seq: message.seq, error: SendError::Other });
             return;
         }
         let chat = chat_of(&message.to);
@@ -145,10 +142,7 @@ impl Outbound {
         let waiting = self.chats.drain().flat_map(|(_, queue)| queue);
         let parked = self.parked.drain(..).map(|(_, message)| message);
         for message in waiting.chain(parked) {
-            self.signals.tell(SessionEvent::NotWritten {
-                seq: message.seq,
-                error: SendError::Offline,
-            });
+            self.signals.tell(SessionEvent::NotWritten { seq: message.seq, error: SendError::Offline });
         }
         let ended = async { while self.running.join_next().await.is_some() {} };
         if timeout(patience, ended).await.is_err() {
@@ -181,10 +175,7 @@ async fn send(wire: &Wire, signals: &Signals, message: Outgoing) -> Result<(), S
 
 fn body_of(content: &Content) -> Option<wa::Message> {
     match content {
-        Content::Text(text) => Some(wa::Message {
-            conversation: Some(text.clone()),
-            ..Default::default()
-        }),
+        Content::Text(text) => Some(wa::Message { conversation: Some(text.clone()), ..Default::default() }),
         Content::Other(_) | Content::Undecryptable => None,
     }
 }

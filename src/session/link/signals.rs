@@ -143,11 +143,7 @@ impl Signals {
     /// Between the two connections of a pairing: the restart after the scan is not the end.
     pub(super) fn next_connection(&self) {
         let mut progress = self.progress();
-        if progress
-            .ending
-            .as_ref()
-            .is_some_and(|(known, _)| *known < Certainty::EndNow)
-        {
+        if progress.ending.as_ref().is_some_and(|(known, _)| *known < Certainty::EndNow) {
             progress.ending = None;
         }
         drop(progress);
@@ -178,16 +174,10 @@ impl Signals {
     fn answered_at(&self, now: Instant) {
         let mut progress = self.progress();
         progress.last_answer = Some(now);
-        if progress
-            .ending
-            .as_ref()
-            .is_some_and(|(known, _)| *known == Certainty::Maybe)
-        {
+        if progress.ending.as_ref().is_some_and(|(known, _)| *known == Certainty::Maybe) {
             progress.ending = None;
         }
-        let due = progress
-            .last_alive
-            .is_none_or(|last| now.duration_since(last) >= ALIVE_EVERY);
+        let due = progress.last_alive.is_none_or(|last| now.duration_since(last) >= ALIVE_EVERY);
         if !due || !self.is_online() {
             return;
         }

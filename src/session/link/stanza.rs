@@ -44,32 +44,21 @@ fn failure(node: &NodeRef<'_>, now: Timestamp) -> CloseReason {
         Some(401) => CloseReason::LoggedOut { code: 401 },
         Some(402) => CloseReason::TemporarilyBanned {
             code: code(node, "code").unwrap_or(0),
-            until: node
-                .attrs()
-                .optional_u64("expire")
-                .map(|seconds| now.after(Duration::from_secs(seconds))),
+            until: node.attrs().optional_u64("expire").map(|seconds| now.after(Duration::from_secs(seconds))),
         },
         Some(403) => CloseReason::Locked,
         Some(405) => CloseReason::ClientOutdated,
         Some(406) => CloseReason::Banned,
         Some(429) => CloseReason::RateLimited,
         Some(code @ (500 | 503)) => CloseReason::ServerError { code },
-        other => CloseReason::Refused {
-            code: other.unwrap_or(0),
-        },
+        other => CloseReason::Refused { code: other.unwrap_or(0) },
     }
 }
 
 fn stream_error(node: &NodeRef<'_>) -> Option<Ending> {
     if let Some(conflict) = node.get_optional_child("conflict") {
-        let replaced = conflict
-            .get_attr("type")
-            .is_some_and(|kind| kind.as_str() == "replaced");
-        let reason = if replaced {
-            CloseReason::Replaced
-        } else {
-            CloseReason::LoggedOut { code: 401 }
-        };
+        let replaced = conflict.get_attr("type").is_some_and(|kind| kind.as_str() == "replaced");
+        let reason = if replaced { CloseReason::Replaced } else { CloseReason::LoggedOut { code: 401 } };
         return Some((Certainty::Ending, reason));
     }
     if node.get_optional_child("xml-not-well-formed").is_some() {
@@ -100,9 +89,7 @@ pub(super) fn scanned_by(node: &NodeRef<'_>) -> Option<Option<Phone>> {
 /// Whether the stanza answers something we asked or sent: proof that both directions work.
 pub(super) fn is_answer(node: &NodeRef<'_>) -> bool {
     match node.tag.as_ref() {
-        "iq" => node
-            .get_attr("type")
-            .is_some_and(|kind| matches!(kind.as_str().as_ref(), "result" | "error")),
+        "iq" => node.get_attr("type").is_some_and(|kind| matches!(kind.as_str().as_ref(), "result" | "error")),
         "ack" => true,
         _ => false,
     }
@@ -148,16 +135,9 @@ mod tests {
 
     #[test]
     fn a_ban_ends_when_its_length_has_passed() {
-        let node = NodeBuilder::new("failure")
-            .attr("reason", "402")
-            .attr("code", "101")
-            .attr("expire", "3600")
-            .build();
+        let node = NodeBuilder::new("failure").attr("reason", "402").attr("code", "101").attr("expire", "3600").build();
         let until = Some(Timestamp(NOW.0 + 3_600_000));
-        assert_eq!(
-            read(&node).unwrap().1,
-            CloseReason::TemporarilyBanned { code: 101, until }
-        );
+        assert_eq!(read(&node).unwrap().1, CloseReason::TemporarilyBanned { code: 101, until });
         let open_ended = CloseReason::TemporarilyBanned { code: 0, until: None };
         assert_eq!(failure("402"), open_ended);
     }
@@ -166,48 +146,28 @@ mod tests {
     fn stream_errors() {
         let coded = |code: &str| read(&NodeBuilder::new("stream:error").attr("code", code).build());
         assert_eq!(coded("515"), Some((Certainty::Ending, CloseReason::Recycled)));
-        assert_eq!(
-            coded("516"),
-            Some((Certainty::Ending, CloseReason::LoggedOut { code: 516 }))
-        );
+        assert_eq!(coded("516"), Some((Certainty::Ending, CloseReason::LoggedOut { code: 516 })));
         assert_eq!(coded("409"), Some((Certainty::Ending, CloseReason::Replaced)));
         assert_eq!(coded("429"), Some((Certainty::EndNow, CloseReason::RateLimited)));
-        assert_eq!(
-            coded("503"),
-            Some((Certainty::EndNow, CloseReason::ServerError { code: 503 }))
-        );
-        assert_eq!(
-            coded("777"),
-            Some((Certainty::Maybe, CloseReason::Refused { code: 777 }))
-        );
+        assert_eq!(coded("503"), Some((Certainty::EndNow, CloseReason::ServerError { code: 503 })));
+        assert_eq!(coded("777"), Some((Certainty::Maybe, CloseReason::Refused { code: 777 })));
         let conflict = |kind: &str| {
             let child = NodeBuilder::new("conflict").attr("type", kind).build();
-            read(&NodeBuilder::new("stream:error").children([child]).build())
-                .unwrap()
-                .1
+            read(&NodeBuilder::new("stream:error").children([child]).build()).unwrap().1
         };
         assert_eq!(conflict("replaced"), CloseReason::Replaced);
         assert_eq!(conflict("device_removed"), CloseReason::LoggedOut { code: 401 });
-        let owed = NodeBuilder::new("stream:error")
-            .children([NodeBuilder::new("ack").attr("id", "1").build()])
-            .build();
+        let owed = NodeBuilder::new("stream:error").children([NodeBuilder::new("ack").attr("id", "1").build()]).build();
         assert_eq!(read(&owed), None, "the stream end that follows says enough");
     }
 
     #[test]
     fn pair_success_names_the_phone() {
-        let device = NodeBuilder::new("device")
-            .attr("jid", "5511999990001:7@s.whatsapp.net")
-            .build();
+        let device = NodeBuilder::new("device").attr("jid", "5511999990001:7@s.whatsapp.net").build();
         let success = NodeBuilder::new("pair-success").children([device]).build();
         let node = NodeBuilder::new("iq").children([success]).build();
-        assert_eq!(
-            scanned_by(&node.as_node_ref()),
-            Some(Phone::parse("5511999990001").ok())
-        );
-        let nameless = NodeBuilder::new("iq")
-            .children([NodeBuilder::new("pair-success").build()])
-            .build();
+        assert_eq!(scanned_by(&node.as_node_ref()), Some(Phone::parse("5511999990001").ok()));
+        let nameless = NodeBuilder::new("iq").children([NodeBuilder::new("pair-success").build()]).build();
         assert_eq!(scanned_by(&nameless.as_node_ref()), Some(None));
         assert_eq!(scanned_by(&NodeBuilder::new("iq").build().as_node_ref()), None);
     }

@@ -95,10 +95,7 @@ impl SocketSlot {
         loop {
             let returned = self.returned.notified();
             if let Some(permit) = lock(&self.permit).take() {
-                return Lease {
-                    slot: self.clone(),
-                    permit: Some(permit),
-                };
+                return Lease { slot: self.clone(), permit: Some(permit) };
             }
             returned.await;
         }
@@ -157,10 +154,8 @@ pub(super) struct LinkTransportFactory {
 impl LinkTransportFactory {
     async fn dial(&self) -> anyhow::Result<Socket> {
         let endpoint = self.environment.endpoint();
-        let addresses: Vec<SocketAddr> = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port))
-            .await
-            .context("name lookup")?
-            .collect();
+        let addresses: Vec<SocketAddr> =
+            tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port)).await.context("name lookup")?.collect();
         let mut stream = None;
         for address in addresses {
             if endpoint.loopback_only && !address.ip().is_loopback() {
@@ -178,18 +173,14 @@ impl LinkTransportFactory {
             None => Box::new(stream),
         };
         let mut request = endpoint.url.as_str().into_client_request().context("address")?;
-        request
-            .headers_mut()
-            .insert("Origin", HeaderValue::from_static(WHATSAPP_WEB_ORIGIN));
+        request.headers_mut().insert("Origin", HeaderValue::from_static(WHATSAPP_WEB_ORIGIN));
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             // The library coalesces frames itself; a second buffer would only be memory.
             .write_buffer_size(0)
             .max_message_size(Some(FRAME_BYTES_MAX))
             .max_frame_size(Some(FRAME_BYTES_MAX));
-        let (socket, _) = client_async_with_config(request, stream, Some(config))
-            .await
-            .context("WebSocket")?;
+        let (socket, _) = client_async_with_config(request, stream, Some(config)).await.context("WebSocket")?;
         Ok(socket)
     }
 }
@@ -198,9 +189,7 @@ impl LinkTransportFactory {
 impl TransportFactory for LinkTransportFactory {
     async fn create_transport(&self) -> anyhow::Result<(Arc<dyn Transport>, Receiver<TransportEvent>)> {
         *lock(&self.slot.story) = Story::default();
-        let lease = timeout(SLOT_TIMEOUT, self.slot.take())
-            .await
-            .context("the previous socket is still open")?;
+        let lease = timeout(SLOT_TIMEOUT, self.slot.take()).await.context("the previous socket is still open")?;
         let socket = self.dial().await.inspect_err(|error| {
             tracing::debug!(%error, "no connection");
         })?;
@@ -210,10 +199,7 @@ impl TransportFactory for LinkTransportFactory {
         let (events, received) = async_channel::bounded(EVENTS_MAX);
         let (closing, closed) = watch::channel(false);
         let transport = Arc::new(LinkTransport {
-            sink: tokio::sync::Mutex::new(Some(Half {
-                half: sink,
-                lease: lease.clone(),
-            })),
+            sink: tokio::sync::Mutex::new(Some(Half { half: sink, lease: lease.clone() })),
             closing,
             signals: self.signals.clone(),
         });

@@ -66,8 +66,7 @@ impl AppSyncStore for LinkBackend {
     ) -> LibraryResult<()> {
         let row =
             |mac: &AppStateMutationMAC| put(Tag::AppState, self.mac_key(name, &mac.index_mac), mac.value_mac.clone());
-        self.commit_rows(mutations.iter().map(row).collect(), Durability::RidesAlong)
-            .await
+        self.commit_rows(mutations.iter().map(row).collect(), Durability::RidesAlong).await
     }
 
     async fn get_mutation_mac(&self, name: &str, index_mac: &[u8]) -> LibraryResult<Option<Vec<u8>>> {
@@ -89,12 +88,8 @@ impl AppSyncStore for LinkBackend {
     }
 
     async fn delete_mutation_macs(&self, name: &str, index_macs: &[Vec<u8>]) -> LibraryResult<()> {
-        let row = |index_mac: &Vec<u8>| Op::Delete {
-            tag: Tag::AppState,
-            rest: self.mac_key(name, index_mac),
-        };
-        self.commit_rows(index_macs.iter().map(row).collect(), Durability::RidesAlong)
-            .await
+        let row = |index_mac: &Vec<u8>| Op::Delete { tag: Tag::AppState, rest: self.mac_key(name, index_mac) };
+        self.commit_rows(index_macs.iter().map(row).collect(), Durability::RidesAlong).await
     }
 
     async fn clear_mutation_macs(&self, name: &str) -> LibraryResult<()> {

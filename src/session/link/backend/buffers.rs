@@ -41,25 +41,14 @@ impl LinkBackend {
         };
         let mut unit = Unit::rides_along();
         unit.delete(Tag::SentMessage, key);
-        unit.delete(
-            Tag::SentMessage,
-            kind_key(SENT_BY_TIME, &[&seconds_key(sent_at), &hash]),
-        );
+        unit.delete(Tag::SentMessage, kind_key(SENT_BY_TIME, &[&seconds_key(sent_at), &hash]));
         self.commit(unit).await?;
         Ok(Some(payload.to_vec()))
     }
 
     pub(super) async fn sweep_sent(&self, cutoff: i64) -> LibraryResult<u32> {
         let _merging = self.merging.lock().await;
-        let rows = self
-            .scan(
-                Tag::SentMessage,
-                &[SENT_BY_TIME],
-                None,
-                Order::Ascending,
-                SWEEP_ROWS_MAX,
-            )
-            .await?;
+        let rows = self.scan(Tag::SentMessage, &[SENT_BY_TIME], None, Order::Ascending, SWEEP_ROWS_MAX).await?;
         let mut unit = Unit::rides_along();
         let mut deleted = 0;
         for (index, _) in rows {
@@ -72,11 +61,7 @@ impl LinkBackend {
             let key = kind_key(SENT, &[hash]);
             // A message sent again under the same id has a younger row behind an older index entry.
             let stored = self.get(Tag::SentMessage, &key).await?;
-            if stored
-                .as_deref()
-                .and_then(leading_seconds)
-                .is_some_and(|(at, _)| at < cutoff)
-            {
+            if stored.as_deref().and_then(leading_seconds).is_some_and(|(at, _)| at < cutoff) {
                 unit.delete(Tag::SentMessage, key);
                 deleted += 1;
             }
@@ -106,11 +91,7 @@ impl LinkBackend {
             }
             let mut value = now.to_vec();
             value.extend_from_slice(row.message);
-            ops.push(put(
-                Tag::PendingInbound,
-                self.pending_key(row.chat, row.sender, row.id),
-                value,
-            ));
+            ops.push(put(Tag::PendingInbound, self.pending_key(row.chat, row.sender, row.id), value));
         }
         let written = self.commit_rows(ops, Durability::RidesAlong).await;
         if written.is_err() {
@@ -121,13 +102,8 @@ impl LinkBackend {
     }
 
     pub(super) async fn pending(&self, chat: &str, sender: &str, id: &str) -> LibraryResult<Option<Vec<u8>>> {
-        let stored = self
-            .get(Tag::PendingInbound, &self.pending_key(chat, sender, id))
-            .await?;
-        Ok(stored
-            .as_deref()
-            .and_then(leading_seconds)
-            .map(|(_, message)| message.to_vec()))
+        let stored = self.get(Tag::PendingInbound, &self.pending_key(chat, sender, id)).await?;
+        Ok(stored.as_deref().and_then(leading_seconds).map(|(_, message)| message.to_vec()))
     }
 
     /// A row that survives its own deletion is delivered again and recognised as known.
@@ -136,15 +112,12 @@ impl LinkBackend {
             tag: Tag::PendingInbound,
             rest: self.pending_key(key.chat, key.sender, key.id),
         };
-        self.commit_rows(keys.iter().map(row).collect(), Durability::RidesAlong)
-            .await
+        self.commit_rows(keys.iter().map(row).collect(), Durability::RidesAlong).await
     }
 
     pub(super) async fn sweep_pending(&self, cutoff: i64) -> LibraryResult<u32> {
         // Usually empty: rows live from decryption to the hook's return.
-        let rows = self
-            .scan(Tag::PendingInbound, &[], None, Order::Ascending, SCAN_ROWS_MAX)
-            .await?;
+        let rows = self.scan(Tag::PendingInbound, &[], None, Order::Ascending, SCAN_ROWS_MAX).await?;
         let mut unit = Unit::rides_along();
         let mut deleted = 0;
         for (rest, value) in rows {

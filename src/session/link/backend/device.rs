@@ -34,8 +34,7 @@ const LINK_FAMILIES: [Tag; 11] = [
 impl DeviceStore for LinkBackend {
     async fn save(&self, device: &Device) -> LibraryResult<()> {
         let value = super::encode(device)?;
-        self.commit_rows(vec![put(Tag::Device, Vec::new(), value)], Durability::Durable)
-            .await
+        self.commit_rows(vec![put(Tag::Device, Vec::new(), value)], Durability::Durable).await
     }
 
     async fn load(&self) -> LibraryResult<Option<Device>> {

@@ -47,12 +47,7 @@ pub(super) struct LinkBackend {
 
 impl LinkBackend {
     pub(super) fn new(store: NumberStore, on_failure: OnFailure) -> Arc<Self> {
-        Arc::new(Self {
-            store,
-            merging: Mutex::new(()),
-            sealed: AtomicBool::new(false),
-            on_failure,
-        })
+        Arc::new(Self { store, merging: Mutex::new(()), sealed: AtomicBool::new(false), on_failure })
     }
 
     /// From now on nothing is written, without the store counting as failed: what the client still holds in
@@ -103,9 +98,7 @@ impl LinkBackend {
         let mut all: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
         for _ in 0..LIST_PAGES_MAX {
             let from = all.last().map(|(key, _)| key.clone());
-            let page = self
-                .scan(tag, prefix, from.as_deref(), Order::Ascending, SCAN_ROWS_MAX)
-                .await?;
+            let page = self.scan(tag, prefix, from.as_deref(), Order::Ascending, SCAN_ROWS_MAX).await?;
             let last = page.len() < SCAN_ROWS_MAX;
             all.extend(page);
             if last {

@@ -60,22 +60,17 @@ impl LinkBackend {
     }
 
     async fn write_token(&self, jid: &str, entry: TcTokenEntry) -> LibraryResult<()> {
-        let named = NamedToken {
-            jid: jid.to_owned(),
-            entry,
-        };
+        let named = NamedToken { jid: jid.to_owned(), entry };
         let ops = vec![put(TAG, self.cache_key(TOKEN, jid), encode(&named)?)];
         self.commit_rows(ops, Durability::RidesAlong).await
     }
 
     async fn write(&self, rest: Vec<u8>, value: Vec<u8>) -> LibraryResult<()> {
-        self.commit_rows(vec![put(TAG, rest, value)], Durability::RidesAlong)
-            .await
+        self.commit_rows(vec![put(TAG, rest, value)], Durability::RidesAlong).await
     }
 
     async fn remove(&self, rest: Vec<u8>) -> LibraryResult<()> {
-        self.commit_rows(vec![Op::Delete { tag: TAG, rest }], Durability::RidesAlong)
-            .await
+        self.commit_rows(vec![Op::Delete { tag: TAG, rest }], Durability::RidesAlong).await
     }
 
     async fn tokens(&self) -> LibraryResult<Vec<(Vec<u8>, NamedToken)>> {
@@ -102,13 +97,11 @@ impl ProtocolStore for LinkBackend {
             value.extend_from_slice(device.as_bytes());
             put(TAG, self.sender_key_device_key(group_jid, device), value)
         };
-        self.commit_rows(entries.iter().map(row).collect(), Durability::RidesAlong)
-            .await
+        self.commit_rows(entries.iter().map(row).collect(), Durability::RidesAlong).await
     }
 
     async fn clear_sender_key_devices(&self, group_jid: &str) -> LibraryResult<()> {
-        self.delete_below(TAG, &self.cache_key(SENDER_KEY_DEVICE, group_jid))
-            .await
+        self.delete_below(TAG, &self.cache_key(SENDER_KEY_DEVICE, group_jid)).await
     }
 
     async fn delete_sender_key_device_rows(&self, device_jids: &[&str]) -> LibraryResult<()> {
@@ -165,8 +158,7 @@ impl ProtocolStore for LinkBackend {
     }
 
     async fn save_base_key(&self, address: &str, message_id: &str, base_key: &[u8]) -> LibraryResult<()> {
-        self.write(self.base_key_key(address, message_id), base_key.to_vec())
-            .await
+        self.write(self.base_key_key(address, message_id), base_key.to_vec()).await
     }
 
     async fn has_same_base_key(&self, address: &str, message_id: &str, current: &[u8]) -> LibraryResult<bool> {
@@ -236,10 +228,7 @@ impl ProtocolStore for LinkBackend {
             let issued = entry.sender_timestamp.is_some_and(|at| at >= sender_cutoff);
             !received && !issued
         });
-        let ops: Vec<Op> = stale
-            .take(SWEEP_ROWS_MAX)
-            .map(|(rest, _)| Op::Delete { tag: TAG, rest })
-            .collect();
+        let ops: Vec<Op> = stale.take(SWEEP_ROWS_MAX).map(|(rest, _)| Op::Delete { tag: TAG, rest }).collect();
         let deleted = u32::try_from(ops.len()).unwrap_or(u32::MAX);
         self.commit_rows(ops, Durability::RidesAlong).await?;
         Ok(deleted)
@@ -252,9 +241,7 @@ impl ProtocolStore for LinkBackend {
             token_timestamp: sender_timestamp,
             sender_timestamp: None,
         });
-        let forward = entry
-            .sender_timestamp
-            .map_or(sender_timestamp, |at| at.max(sender_timestamp));
+        let forward = entry.sender_timestamp.map_or(sender_timestamp, |at| at.max(sender_timestamp));
         entry.sender_timestamp = Some(forward);
         self.write_token(jid, entry).await
     }
@@ -287,12 +274,7 @@ impl ProtocolStore for LinkBackend {
     }
 
     async fn store_pending_inbound(&self, chat: &str, sender: &str, id: &str, message: &[u8]) -> LibraryResult<()> {
-        let row = PendingInboundRow {
-            chat,
-            sender,
-            id,
-            message,
-        };
+        let row = PendingInboundRow { chat, sender, id, message };
         self.buffer_pending(&[row]).await
     }
 

@@ -28,11 +28,7 @@ impl Row {
     fn decode(value: &[u8]) -> Option<Self> {
         let (expires_at, rest) = leading_seconds(value)?;
         let (message_ts, secret) = leading_seconds(rest)?;
-        Some(Self {
-            expires_at,
-            message_ts,
-            secret: secret.to_vec(),
-        })
+        Some(Self { expires_at, message_ts, secret: secret.to_vec() })
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -66,19 +62,13 @@ impl MsgSecretStore for LinkBackend {
                 Some(row) => Some(row.clone()),
                 None => self.secret(&hash).await?,
             };
-            let mut row = Row {
-                expires_at: entry.expires_at,
-                message_ts: entry.message_ts,
-                secret: entry.secret.to_vec(),
-            };
+            let mut row =
+                Row { expires_at: entry.expires_at, message_ts: entry.message_ts, secret: entry.secret.to_vec() };
             if let Some(existing) = existing {
                 row.expires_at = merge_msg_secret_expiry(existing.expires_at, row.expires_at);
                 row.message_ts = merge_msg_secret_message_ts(existing.message_ts, row.message_ts);
                 let rest = expiry_key(existing.expires_at, &hash);
-                ops.push(Op::Delete {
-                    tag: Tag::MessageSecret,
-                    rest,
-                });
+                ops.push(Op::Delete { tag: Tag::MessageSecret, rest });
             }
             merged.insert(hash, row);
         }
@@ -109,9 +99,7 @@ impl MsgSecretStore for LinkBackend {
 
     async fn delete_expired_msg_secrets(&self, cutoff_timestamp: i64) -> LibraryResult<u32> {
         let _merging = self.merging.lock().await;
-        let rows = self
-            .scan(Tag::MessageSecret, &[BY_EXPIRY], None, Order::Ascending, SWEEP_ROWS_MAX)
-            .await?;
+        let rows = self.scan(Tag::MessageSecret, &[BY_EXPIRY], None, Order::Ascending, SWEEP_ROWS_MAX).await?;
         let mut ops = Vec::new();
         let mut deleted = 0;
         for (key, _) in rows {
@@ -122,14 +110,8 @@ impl MsgSecretStore for LinkBackend {
                 break;
             }
             let rest = kind_key(ROW, &[hash]);
-            ops.push(Op::Delete {
-                tag: Tag::MessageSecret,
-                rest,
-            });
-            ops.push(Op::Delete {
-                tag: Tag::MessageSecret,
-                rest: key,
-            });
+            ops.push(Op::Delete { tag: Tag::MessageSecret, rest });
+            ops.push(Op::Delete { tag: Tag::MessageSecret, rest: key });
             deleted += 1;
         }
         self.commit_rows(ops, Durability::RidesAlong).await?;

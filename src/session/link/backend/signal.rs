@@ -42,8 +42,7 @@ impl SignalStore for LinkBackend {
 
     async fn put_identities_batch(&self, identities: &[(Arc<str>, [u8; 32])]) -> LibraryResult<()> {
         let row = |(address, key): &(Arc<str>, [u8; 32])| put(Tag::Identity, self.address_key(address), key.to_vec());
-        self.commit_rows(identities.iter().map(row).collect(), Durability::RidesAlong)
-            .await
+        self.commit_rows(identities.iter().map(row).collect(), Durability::RidesAlong).await
     }
 
     async fn load_identity(&self, address: &str) -> LibraryResult<Option<[u8; 32]>> {
@@ -53,14 +52,7 @@ impl SignalStore for LinkBackend {
 
     async fn delete_identity(&self, address: &str) -> LibraryResult<()> {
         let rest = self.address_key(address);
-        self.commit_rows(
-            vec![Op::Delete {
-                tag: Tag::Identity,
-                rest,
-            }],
-            Durability::Durable,
-        )
-        .await
+        self.commit_rows(vec![Op::Delete { tag: Tag::Identity, rest }], Durability::Durable).await
     }
 
     async fn get_session(&self, address: &str) -> LibraryResult<Option<Bytes>> {
@@ -75,20 +67,12 @@ impl SignalStore for LinkBackend {
 
     async fn put_sessions_batch(&self, sessions: &[(Arc<str>, Bytes)]) -> LibraryResult<()> {
         let row = |(address, record): &(Arc<str>, Bytes)| put(Tag::Session, self.address_key(address), record.to_vec());
-        self.commit_rows(sessions.iter().map(row).collect(), Durability::Durable)
-            .await
+        self.commit_rows(sessions.iter().map(row).collect(), Durability::Durable).await
     }
 
     async fn delete_session(&self, address: &str) -> LibraryResult<()> {
         let rest = self.address_key(address);
-        self.commit_rows(
-            vec![Op::Delete {
-                tag: Tag::Session,
-                rest,
-            }],
-            Durability::Durable,
-        )
-        .await
+        self.commit_rows(vec![Op::Delete { tag: Tag::Session, rest }], Durability::Durable).await
     }
 
     async fn has_signal_state_for_user(&self, user: &str) -> LibraryResult<bool> {
@@ -108,8 +92,7 @@ impl SignalStore for LinkBackend {
 
     async fn store_prekeys_batch(&self, keys: &[(u32, Bytes)], _uploaded: bool) -> LibraryResult<()> {
         let row = |(id, record): &(u32, Bytes)| put(Tag::PreKey, id.to_be_bytes().to_vec(), record.to_vec());
-        self.commit_rows(keys.iter().map(row).collect(), Durability::Durable)
-            .await
+        self.commit_rows(keys.iter().map(row).collect(), Durability::Durable).await
     }
 
     async fn load_prekey(&self, id: u32) -> LibraryResult<Option<Bytes>> {
@@ -134,8 +117,7 @@ impl SignalStore for LinkBackend {
 
     async fn remove_prekey(&self, id: u32) -> LibraryResult<()> {
         let rest = id.to_be_bytes().to_vec();
-        self.commit_rows(vec![Op::Delete { tag: Tag::PreKey, rest }], Durability::RidesAlong)
-            .await
+        self.commit_rows(vec![Op::Delete { tag: Tag::PreKey, rest }], Durability::RidesAlong).await
     }
 
     async fn get_max_prekey_id(&self) -> LibraryResult<u32> {
@@ -153,23 +135,14 @@ impl SignalStore for LinkBackend {
     }
 
     async fn load_all_signed_prekeys(&self) -> LibraryResult<Vec<(u32, Vec<u8>)>> {
-        let rows = self
-            .scan(Tag::SignedPreKey, &[], None, Order::Ascending, SCAN_ROWS_MAX)
-            .await?;
+        let rows = self.scan(Tag::SignedPreKey, &[], None, Order::Ascending, SCAN_ROWS_MAX).await?;
         let pairs = rows.into_iter().filter_map(|(key, value)| Some((id_of(&key)?, value)));
         Ok(pairs.collect())
     }
 
     async fn remove_signed_prekey(&self, id: u32) -> LibraryResult<()> {
         let rest = id.to_be_bytes().to_vec();
-        self.commit_rows(
-            vec![Op::Delete {
-                tag: Tag::SignedPreKey,
-                rest,
-            }],
-            Durability::RidesAlong,
-        )
-        .await
+        self.commit_rows(vec![Op::Delete { tag: Tag::SignedPreKey, rest }], Durability::RidesAlong).await
     }
 
     async fn put_sender_key(&self, address: &str, record: &[u8]) -> LibraryResult<()> {
@@ -180,8 +153,7 @@ impl SignalStore for LinkBackend {
     async fn put_sender_keys_batch(&self, sender_keys: &[(Arc<str>, Bytes)]) -> LibraryResult<()> {
         let row =
             |(address, record): &(Arc<str>, Bytes)| put(Tag::SenderKey, self.sender_key_key(address), record.to_vec());
-        self.commit_rows(sender_keys.iter().map(row).collect(), Durability::Durable)
-            .await
+        self.commit_rows(sender_keys.iter().map(row).collect(), Durability::Durable).await
     }
 
     async fn get_sender_key(&self, address: &str) -> LibraryResult<Option<Vec<u8>>> {
@@ -190,13 +162,6 @@ impl SignalStore for LinkBackend {
 
     async fn delete_sender_key(&self, address: &str) -> LibraryResult<()> {
         let rest = self.sender_key_key(address);
-        self.commit_rows(
-            vec![Op::Delete {
-                tag: Tag::SenderKey,
-                rest,
-            }],
-            Durability::Durable,
-        )
-        .await
+        self.commit_rows(vec![Op::Delete { tag: Tag::SenderKey, rest }], Durability::Durable).await
     }
 }

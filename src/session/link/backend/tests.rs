@@ -33,12 +33,7 @@ impl Home {
         let _ = std::fs::remove_dir_all(&dir);
         let store = Store::open(&dir, [7; 32]).unwrap();
         let number = store.claim(NumberId(1), 0).await.unwrap();
-        Self {
-            dir,
-            store,
-            number,
-            failures: Arc::default(),
-        }
+        Self { dir, store, number, failures: Arc::default() }
     }
 
     fn backend(&self) -> Arc<LinkBackend> {
@@ -78,16 +73,10 @@ async fn signal_state_round_trips_and_is_found_by_user() {
         assert!(backend.has_session(address).await.unwrap());
     }
     assert!(backend.has_signal_state_for_user("551199").await.unwrap());
-    assert!(
-        !backend.has_signal_state_for_user("5511").await.unwrap(),
-        "no prefix of a user is another"
-    );
+    assert!(!backend.has_signal_state_for_user("5511").await.unwrap(), "no prefix of a user is another");
     backend.delete_session("77@lid.0").await.unwrap();
     assert!(!backend.has_signal_state_for_user("77").await.unwrap());
-    backend
-        .put_identities_batch(&[(name("77@lid.0"), [3; 32])])
-        .await
-        .unwrap();
+    backend.put_identities_batch(&[(name("77@lid.0"), [3; 32])]).await.unwrap();
     assert_eq!(backend.load_identity("77@lid.0").await.unwrap(), Some([3; 32]));
     assert!(backend.has_signal_state_for_user("77").await.unwrap());
     backend.delete_identity("77@lid.0").await.unwrap();
@@ -95,10 +84,7 @@ async fn signal_state_round_trips_and_is_found_by_user() {
 
     let sender_keys = [(name("g@g.us:551199"), Bytes::from_static(b"sk"))];
     backend.put_sender_keys_batch(&sender_keys).await.unwrap();
-    assert_eq!(
-        backend.get_sender_key("g@g.us:551199").await.unwrap().as_deref(),
-        Some(&b"sk"[..])
-    );
+    assert_eq!(backend.get_sender_key("g@g.us:551199").await.unwrap().as_deref(), Some(&b"sk"[..]));
     backend.delete_sender_key("g@g.us:551199").await.unwrap();
     assert_eq!(backend.get_sender_key("g@g.us:551199").await.unwrap(), None);
 }
@@ -116,10 +102,7 @@ async fn a_consumed_prekey_stays_away() {
     assert!(backend.load_prekey(300).await.unwrap().is_none());
     assert_eq!(backend.load_prekeys_batch(&[1, 299, 300]).await.unwrap().len(), 2);
     backend.store_signed_prekey(5, b"five").await.unwrap();
-    assert_eq!(
-        backend.load_all_signed_prekeys().await.unwrap(),
-        vec![(5, b"five".to_vec())]
-    );
+    assert_eq!(backend.load_all_signed_prekeys().await.unwrap(), vec![(5, b"five".to_vec())]);
     backend.remove_signed_prekey(5).await.unwrap();
     assert!(backend.load_signed_prekey(5).await.unwrap().is_none());
 }
@@ -128,16 +111,9 @@ async fn a_consumed_prekey_stays_away() {
 async fn app_state_clears_all_macs_of_one_collection() {
     let home = Home::open("app-state").await;
     let backend = home.backend();
-    let key = AppStateSyncKey {
-        key_data: vec![1, 2],
-        fingerprint: vec![3],
-        timestamp: 9,
-    };
+    let key = AppStateSyncKey { key_data: vec![1, 2], fingerprint: vec![3], timestamp: 9 };
     backend.set_sync_key(b"id", key).await.unwrap();
-    assert_eq!(
-        backend.get_latest_sync_key_id().await.unwrap().as_deref(),
-        Some(&b"id"[..])
-    );
+    assert_eq!(backend.get_latest_sync_key_id().await.unwrap().as_deref(), Some(&b"id"[..]));
     assert_eq!(backend.get_sync_key(b"id").await.unwrap().unwrap().key_data, vec![1, 2]);
 
     let mac = |index: u16| AppStateMutationMAC {
@@ -147,41 +123,13 @@ async fn app_state_clears_all_macs_of_one_collection() {
     let macs: Vec<AppStateMutationMAC> = (0..2500).map(mac).collect();
     backend.put_mutation_macs("regular", 1, &macs).await.unwrap();
     backend.put_mutation_macs("critical", 1, &macs[..1]).await.unwrap();
-    backend
-        .delete_mutation_macs("regular", &[macs[0].index_mac.clone()])
-        .await
-        .unwrap();
-    assert!(
-        backend
-            .get_mutation_mac("regular", &macs[0].index_mac)
-            .await
-            .unwrap()
-            .is_none()
-    );
+    backend.delete_mutation_macs("regular", &[macs[0].index_mac.clone()]).await.unwrap();
+    assert!(backend.get_mutation_mac("regular", &macs[0].index_mac).await.unwrap().is_none());
     let one: [u8; 32] = macs[1].index_mac.clone().try_into().unwrap();
-    assert_eq!(
-        backend
-            .get_mutation_macs("regular", &[one, [9; 32]])
-            .await
-            .unwrap()
-            .len(),
-        1
-    );
+    assert_eq!(backend.get_mutation_macs("regular", &[one, [9; 32]]).await.unwrap().len(), 1);
     backend.clear_mutation_macs("regular").await.unwrap();
-    assert!(
-        backend
-            .get_mutation_mac("regular", &macs[2400].index_mac)
-            .await
-            .unwrap()
-            .is_none()
-    );
-    assert!(
-        backend
-            .get_mutation_mac("critical", &macs[0].index_mac)
-            .await
-            .unwrap()
-            .is_some()
-    );
+    assert!(backend.get_mutation_mac("regular", &macs[2400].index_mac).await.unwrap().is_none());
+    assert!(backend.get_mutation_mac("critical", &macs[0].index_mac).await.unwrap().is_some());
 
     let mut state = backend.get_version("regular").await.unwrap();
     assert_eq!(state.version, 0);
@@ -204,24 +152,12 @@ fn mapping(lid: &str, phone: &str) -> LidPnMappingEntry {
 async fn lid_mappings_follow_a_changed_phone() {
     let home = Home::open("lid").await;
     let backend = home.backend();
-    backend
-        .put_lid_mappings(&[mapping("7", "551100001"), mapping("8", "551100002")])
-        .await
-        .unwrap();
+    backend.put_lid_mappings(&[mapping("7", "551100001"), mapping("8", "551100002")]).await.unwrap();
     backend.put_lid_mapping(&mapping("7", "551100009")).await.unwrap();
     assert!(backend.get_pn_mapping("551100001").await.unwrap().is_none());
     assert_eq!(backend.get_pn_mapping("551100009").await.unwrap().unwrap().lid, "7");
-    assert_eq!(
-        backend.get_lid_mapping("8").await.unwrap().unwrap().phone_number,
-        "551100002"
-    );
-    let mut all: Vec<String> = backend
-        .get_all_lid_mappings()
-        .await
-        .unwrap()
-        .into_iter()
-        .map(|m| m.lid)
-        .collect();
+    assert_eq!(backend.get_lid_mapping("8").await.unwrap().unwrap().phone_number, "551100002");
+    let mut all: Vec<String> = backend.get_all_lid_mappings().await.unwrap().into_iter().map(|m| m.lid).collect();
     all.sort();
     assert_eq!(all, ["7", "8"]);
 }
@@ -230,20 +166,11 @@ async fn lid_mappings_follow_a_changed_phone() {
 async fn protocol_caches_round_trip() {
     let home = Home::open("protocol").await;
     let backend = home.backend();
-    backend
-        .set_sender_key_status("g1@g.us", &[("1:2@lid", true), ("2@lid", false)])
-        .await
-        .unwrap();
-    backend
-        .set_sender_key_status("g2@g.us", &[("2@lid", true)])
-        .await
-        .unwrap();
+    backend.set_sender_key_status("g1@g.us", &[("1:2@lid", true), ("2@lid", false)]).await.unwrap();
+    backend.set_sender_key_status("g2@g.us", &[("2@lid", true)]).await.unwrap();
     assert_eq!(backend.get_sender_key_devices("g1@g.us").await.unwrap().len(), 2);
     backend.delete_sender_key_device_rows(&["2@lid"]).await.unwrap();
-    assert_eq!(
-        backend.get_sender_key_devices("g1@g.us").await.unwrap(),
-        vec![("1:2@lid".to_owned(), true)]
-    );
+    assert_eq!(backend.get_sender_key_devices("g1@g.us").await.unwrap(), vec![("1:2@lid".to_owned(), true)]);
     assert!(backend.get_sender_key_devices("g2@g.us").await.unwrap().is_empty());
     backend.clear_sender_key_devices("g1@g.us").await.unwrap();
     backend.clear_all_sender_key_devices().await.unwrap();
@@ -270,10 +197,7 @@ async fn protocol_caches_round_trip() {
     assert!(backend.get_devices("551199").await.unwrap().is_none());
 
     backend.put_group_metadata("g", b"blob").await.unwrap();
-    assert_eq!(
-        backend.get_group_metadata("g").await.unwrap().as_deref(),
-        Some(&b"blob"[..])
-    );
+    assert_eq!(backend.get_group_metadata("g").await.unwrap().as_deref(), Some(&b"blob"[..]));
     backend.delete_group_metadata("g").await.unwrap();
     assert!(backend.get_group_metadata("g").await.unwrap().is_none());
 }
@@ -287,10 +211,7 @@ async fn tokens_merge_whoever_writes_first() {
     backend.touch_tc_token_sender_timestamp("a@lid", 30).await.unwrap();
     backend.store_received_tc_token("a@lid", b"stale", 39).await.unwrap();
     let entry = backend.get_tc_token("a@lid").await.unwrap().unwrap();
-    assert_eq!(
-        (entry.token.as_slice(), entry.sender_timestamp),
-        (&b"new"[..], Some(50))
-    );
+    assert_eq!((entry.token.as_slice(), entry.sender_timestamp), (&b"new"[..], Some(50)));
 
     let mut writers = tokio::task::JoinSet::new();
     for at in 0..40i64 {
@@ -307,11 +228,7 @@ async fn tokens_merge_whoever_writes_first() {
     let entry = backend.get_tc_token("b@lid").await.unwrap().unwrap();
     assert_eq!((entry.token_timestamp, entry.sender_timestamp), (39, Some(38)));
 
-    let plain = TcTokenEntry {
-        token: b"x".to_vec(),
-        token_timestamp: 1,
-        sender_timestamp: None,
-    };
+    let plain = TcTokenEntry { token: b"x".to_vec(), token_timestamp: 1, sender_timestamp: None };
     backend.put_tc_token("old@lid", &plain).await.unwrap();
     assert_eq!(backend.delete_expired_tc_tokens(10, 10).await.unwrap(), 1);
     let mut left = backend.get_all_tc_token_jids().await.unwrap();
@@ -339,11 +256,7 @@ async fn a_sent_message_is_taken_once() {
     assert_eq!(backend.delete_expired_sent_messages(now - 60).await.unwrap(), 0);
     assert_eq!(backend.delete_expired_sent_messages(now + 60).await.unwrap(), 1);
     assert!(backend.take_sent_message("c", "m2").await.unwrap().is_none());
-    let left = home
-        .number
-        .scan(Tag::SentMessage, &[], None, Order::Ascending, 10)
-        .await
-        .unwrap();
+    let left = home.number.scan(Tag::SentMessage, &[], None, Order::Ascending, 10).await.unwrap();
     assert!(left.is_empty(), "neither rows nor index entries stay behind");
 }
 
@@ -354,27 +267,13 @@ async fn pending_messages_are_kept_per_chat_sender_and_id() {
     let big = vec![1u8; 300_000];
     let rows: Vec<PendingInboundRow<'_>> = ["a", "b", "c", "d", "e"]
         .into_iter()
-        .map(|id| PendingInboundRow {
-            chat: "c",
-            sender: "s",
-            id,
-            message: &big,
-        })
+        .map(|id| PendingInboundRow { chat: "c", sender: "s", id, message: &big })
         .collect();
     backend.store_pending_inbound_batch(&rows).await.unwrap();
-    assert_eq!(
-        backend.get_pending_inbound("c", "s", "e").await.unwrap().unwrap().len(),
-        big.len()
-    );
+    assert_eq!(backend.get_pending_inbound("c", "s", "e").await.unwrap().unwrap().len(), big.len());
     assert!(backend.get_pending_inbound("c", "other", "e").await.unwrap().is_none());
-    let keys: Vec<PendingInboundKey<'_>> = ["a", "b", "c", "d"]
-        .into_iter()
-        .map(|id| PendingInboundKey {
-            chat: "c",
-            sender: "s",
-            id,
-        })
-        .collect();
+    let keys: Vec<PendingInboundKey<'_>> =
+        ["a", "b", "c", "d"].into_iter().map(|id| PendingInboundKey { chat: "c", sender: "s", id }).collect();
     backend.delete_pending_inbound_batch(&keys).await.unwrap();
     let now = whatsapp_rust::wacore::time::now_secs();
     assert_eq!(backend.delete_expired_pending_inbound(now - 60).await.unwrap(), 0);
@@ -396,17 +295,11 @@ async fn secrets_never_shorten_their_life() {
     let batch = vec![entry("m", 100, 50), entry("m", 80, 0), entry("n", 0, 1)];
     assert_eq!(backend.put_msg_secrets(batch).await.unwrap(), 3);
     backend.put_msg_secrets(vec![entry("n", 70, 0)]).await.unwrap();
-    assert_eq!(
-        backend.get_msg_secret_with_ts("c", "s", "m").await.unwrap(),
-        Some((vec![8; 32], 50))
-    );
+    assert_eq!(backend.get_msg_secret_with_ts("c", "s", "m").await.unwrap(), Some((vec![8; 32], 50)));
     assert_eq!(backend.delete_expired_msg_secrets(99).await.unwrap(), 0);
     assert_eq!(backend.delete_expired_msg_secrets(100).await.unwrap(), 1);
     assert!(backend.get_msg_secret("c", "s", "m").await.unwrap().is_none());
-    assert!(
-        backend.get_msg_secret("c", "s", "n").await.unwrap().is_some(),
-        "kept for ever"
-    );
+    assert!(backend.get_msg_secret("c", "s", "n").await.unwrap().is_some(), "kept for ever");
 }
 
 fn linked(phone: &str) -> Device {
@@ -430,10 +323,7 @@ async fn a_device_row_can_be_provisioned_and_forgotten() {
     assert_eq!(phone, Phone::parse("5511999990001").unwrap());
     assert!(is_linked(&home.number).await);
     assert!(backend.get_session("old@lid.0").await.unwrap().is_none());
-    assert!(
-        provision(&home.number, &row).await.is_err(),
-        "a link is never overwritten"
-    );
+    assert!(provision(&home.number, &row).await.is_err(), "a link is never overwritten");
     assert_eq!(backend.load().await.unwrap().unwrap().pn.unwrap().user, "5511999990001");
 
     backend.store_prekey(1, b"key", false).await.unwrap();
@@ -457,10 +347,7 @@ async fn after_poison_or_seal_nothing_is_written() {
     assert!(backend.put_session("a@lid.0", b"after").await.is_err());
     assert!(backend.store_pending_inbound("c", "s", "i", b"m").await.is_err());
     assert!(backend.save(&linked("5511999990001")).await.is_err());
-    assert_eq!(
-        backend.get_session("a@lid.0").await.unwrap().as_deref(),
-        Some(&b"before"[..])
-    );
+    assert_eq!(backend.get_session("a@lid.0").await.unwrap().as_deref(), Some(&b"before"[..]));
     assert!(home.failures.load(Ordering::SeqCst) >= 3);
 }
 
@@ -469,10 +356,7 @@ async fn no_name_stands_in_a_key() {
     let home = Home::open("names").await;
     let backend = home.backend();
     let phone = "5511987654321";
-    backend
-        .put_session(&format!("{phone}:1@s.whatsapp.net.0"), b"s")
-        .await
-        .unwrap();
+    backend.put_session(&format!("{phone}:1@s.whatsapp.net.0"), b"s").await.unwrap();
     backend.put_lid_mapping(&mapping("7", phone)).await.unwrap();
     backend.store_sent_message(phone, phone, b"m").await.unwrap();
     backend.store_pending_inbound(phone, phone, phone, b"m").await.unwrap();

@@ -1,0 +1,352 @@
+//! A whole fleet on the release build: time to all Online, memory, idle CPU, accept latency, CPU per message.
+//!
+//! The sandbox runs in its own process, so nothing of it is counted. Numbers are provisioned: their devices carry the
+//! sandbox's certificate chain, so the daemon is the default build, with verification on.
+//!
+//! ```sh
+//! cargo build --release --features sandbox --target-dir target/sandbox
+//! FLEET_SANDBOX=target/sandbox/release/switchboard FLEET_NUMBERS=1000 cargo bench --bench fleet
+//! ```
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use switchboard::api::grpc::proto;
+use switchboard::api::grpc::proto::message_service_client::MessageServiceClient;
+use switchboard::domain::access::{self, KeyKind};
+use switchboard::domain::change::Change;
+use switchboard::domain::id::{NumberId, TenantId};
+use switchboard::domain::lifecycle::{Input, Life};
+use switchboard::domain::number::{Commit, Ticket};
+use switchboard::domain::phone::Phone;
+use switchboard::domain::time::Timestamp;
+use switchboard::session::link;
+use switchboard::store::layout::{Store, VOLUMES};
+use switchboard::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord, TenantRecord};
+use switchboard::telemetry::rng::Random;
+use tonic::Request;
+use tonic::transport::Channel;
+
+const TENANT: TenantId = TenantId(1);
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Numbers that send, and messages per second over all of them, in the latency part.
+const SENDERS: usize = 100;
+const RATE_PER_SECOND: u64 = 500;
+const RATE_SECONDS: u64 = 20;
+/// Messages in the saturated part.
+const SATURATED: usize = 20_000;
+const SATURATED_CALLS: usize = 128;
+
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Process {
+    fn field(&self, file: &str, name: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/{file}", self.0.id())).unwrap();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Anonymous memory in KiB.
+    fn anonymous_kib(&self) -> u64 {
+        self.field("status", "RssAnon:")
+    }
+
+    fn cpu(&self) -> Duration {
+        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        let after_name = text.rsplit(')').next().unwrap();
+        let fields: Vec<u64> = after_name.split_whitespace().skip(11).take(2).map(|f| f.parse().unwrap()).collect();
+        // USER_HZ is 100 on every Linux there is.
+        Duration::from_millis((fields[0] + fields[1]) * 10)
+    }
+}
+
+fn http(to: SocketAddr, method: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(to).unwrap();
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+}
+
+fn phone(index: usize) -> String {
+    format!("1556{index:07}")
+}
+
+fn number_id(index: usize) -> NumberId {
+    // Spread over the shards as random ids would be.
+    NumberId((index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// Writes the data directory a daemon with `count` linked numbers would have left behind.
+async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: &Random) -> String {
+    let store = Arc::new(Store::open(directory, random.bytes()).unwrap());
+    let meta = store.meta();
+    let tenant = TenantRecord { id: TENANT, name: "bench".to_owned(), created_at: Timestamp(1) };
+    meta.put_tenant(tenant).await.unwrap();
+    let key = access::mint(KeyKind::Tenant, &random.bytes());
+    meta.put_key(KeyRecord {
+        id: key.id.clone(),
+        subject: KeySubject::Tenant(TENANT),
+        secret_hash: key.secret_hash,
+        last4: key.last4.clone(),
+        created_at: Timestamp(1),
+        expires_at: None,
+    })
+    .await
+    .unwrap();
+    for index in 0..count {
+        let device = http(sandbox, "POST", &format!("/admin/provision?phone={}", phone(index)));
+        let record = NumberRecord {
+            id: number_id(index),
+            tenant: TENANT,
+            name: format!("number {index}"),
+            phone: Phone::parse(&phone(index)).unwrap(),
+            kind: NumberKind::Linked,
+            volume: (index % usize::from(VOLUMES)) as u8,
+            created_at: Timestamp(1),
+            deleting: false,
+        };
+        let number = store.claim(record.id, record.volume).await.unwrap();
+        link::provision(&number, &device).await.unwrap();
+        let mut life = Life::new(Timestamp(1));
+        life.step(Input::Pair, Timestamp(1));
+        life.step(Input::Paired, Timestamp(1));
+        let changes = vec![Change::Life(life)];
+        let commit = Commit { ticket: Ticket(0), changes, unless_known: None, durable: false };
+        number.commit(number.unit_of(commit)).await.unwrap();
+        meta.create_number(record, Vec::new()).await.unwrap();
+    }
+    store.close();
+    key.text
+}
+
+fn start(mut command: Command, ready: &str) -> (Process, String) {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+    let (lines, found) = std::sync::mpsc::channel();
+    let outputs: [Box<dyn Read + Send>; 2] =
+        [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+    for output in outputs {
+        let lines = lines.clone();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
+                let _ = lines.send(line);
+            }
+        });
+    }
+    let process = Process(child);
+    let line = loop {
+        let line = found.recv_timeout(PATIENCE).expect("the process said nothing");
+        if line.contains(ready) {
+            break line;
+        }
+        eprintln!("{line}");
+    };
+    std::thread::spawn(move || found.into_iter().for_each(drop));
+    (process, line)
+}
+
+fn online(admin: SocketAddr) -> usize {
+    let metrics = http(admin, "GET", "/metrics");
+    metrics.lines().filter(|line| line.starts_with("switchboard_number_up{") && line.ends_with(" 1")).count()
+}
+
+fn until_online(admin: SocketAddr, count: usize, since: Instant) -> Duration {
+    loop {
+        assert!(since.elapsed() < PATIENCE, "{} of {count} online", online(admin));
+        if online(admin) >= count {
+            return since.elapsed();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn percentile(sorted: &[Duration], share: f64) -> f64 {
+    let index = ((sorted.len() as f64 * share) as usize).min(sorted.len() - 1);
+    sorted[index].as_secs_f64() * 1000.0
+}
+
+#[derive(Clone)]
+struct Sender {
+    channel: Channel,
+    key: String,
+}
+
+impl Sender {
+    async fn send(&self, from: usize, to: usize, text: String) -> Duration {
+        let mut request = Request::new(proto::SendMessageRequest {
+            number: number_id(from).to_string(),
+            to: format!("+{}", phone(to)),
+            content: Some(proto::send_message_request::Content::Text(text)),
+            ..Default::default()
+        });
+        request.metadata_mut().insert("x-api-key", self.key.parse().unwrap());
+        let begun = Instant::now();
+        MessageServiceClient::new(self.channel.clone()).send_message(request).await.unwrap();
+        begun.elapsed()
+    }
+}
+
+fn sent(admin: SocketAddr) -> u64 {
+    let metrics = http(admin, "GET", "/metrics");
+    let lines = metrics.lines().filter(|line| line.starts_with("switchboard_number_messages_sent_total{"));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+}
+
+async fn until_sent(admin: SocketAddr, count: u64) {
+    let begun = Instant::now();
+    while sent(admin) < count {
+        assert!(begun.elapsed() < PATIENCE, "{} of {count} sent", sent(admin));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Pairs write to each other; every contact is warm after the first round.
+fn peer(from: usize, senders: usize) -> usize {
+    (from + senders / 2) % senders
+}
+
+async fn paced(sender: &Sender, senders: usize) -> Vec<Duration> {
+    let mut ticks = tokio::time::interval(Duration::from_micros(1_000_000 / RATE_PER_SECOND));
+    let mut calls = tokio::task::JoinSet::new();
+    for index in 0..RATE_PER_SECOND * RATE_SECONDS {
+        ticks.tick().await;
+        let sender = sender.clone();
+        let from = index as usize % senders;
+        calls.spawn(async move { sender.send(from, peer(from, senders), format!("paced {index}")).await });
+    }
+    let mut took = calls.join_all().await;
+    took.sort();
+    took
+}
+
+async fn saturated(sender: &Sender, senders: usize) -> Vec<Duration> {
+    let mut workers = tokio::task::JoinSet::new();
+    for worker in 0..SATURATED_CALLS {
+        let sender = sender.clone();
+        workers.spawn(async move {
+            let mut took = Vec::new();
+            for index in (worker..SATURATED).step_by(SATURATED_CALLS) {
+                let from = index % senders;
+                took.push(sender.send(from, peer(from, senders), format!("saturated {index}")).await);
+            }
+            took
+        });
+    }
+    let mut took: Vec<_> = workers.join_all().await.into_iter().flatten().collect();
+    took.sort();
+    took
+}
+
+#[tokio::main]
+async fn main() {
+    // Cargo passes `--bench`; under `cargo test --benches` it does not, and there is nothing to test here.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let count: usize = std::env::var("FLEET_NUMBERS").map_or(100, |text| text.parse().unwrap());
+    let sandbox_binary = std::env::var("FLEET_SANDBOX").expect("FLEET_SANDBOX: a binary built with --features sandbox");
+    let directory: PathBuf = std::env::temp_dir().join(format!("switchboard-fleet-{}", std::process::id()));
+    let random = Random::from_system().unwrap();
+
+    let mut command = Command::new(sandbox_binary);
+    command.args(["sandbox", "--listen", "127.0.0.1:0"]);
+    let (sandbox, line) = start(command, "sandbox ws://");
+    let address = line.split("ws://").nth(1).unwrap().split('/').next().unwrap();
+    let sandbox_address: SocketAddr = address.parse().unwrap();
+    let begun = Instant::now();
+    let key = provision(&directory, sandbox_address, count, &random).await;
+    println!("{count} numbers provisioned in {:.1} s", begun.elapsed().as_secs_f64());
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_switchboard"));
+    command.arg("serve");
+    for (name, value) in [
+        ("DATA__DIR", directory.display().to_string()),
+        ("API__LISTEN", "127.0.0.1:0".to_owned()),
+        ("ADMIN__LISTEN", "127.0.0.1:0".to_owned()),
+        ("WHATSAPP__URL", format!("ws://{sandbox_address}/ws/chat")),
+        ("WHATSAPP__VERSION", "2.3000.1".to_owned()),
+        ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
+        ("LIMITS__BURST", "1000".to_owned()),
+        ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
+        ("GATE__CONNECTS_PER_SECOND", std::env::var("FLEET_GATE").unwrap_or("200".to_owned())),
+        ("LOG__LEVEL", "warn,switchboard::daemon=info".to_owned()),
+    ] {
+        command.env(format!("SWITCHBOARD__{name}"), value);
+    }
+    let begun = Instant::now();
+    let (daemon, line) = start(command, "ready api=");
+    let address = |name: &str| -> SocketAddr {
+        line.split(&format!("{name}=")).nth(1).unwrap().split(' ').next().unwrap().trim().parse().unwrap()
+    };
+    let (api, admin) = (address("api"), address("admin"));
+    println!("API ready after {:.2} s", begun.elapsed().as_secs_f64());
+    let half = until_online(admin, count / 2, begun);
+    let all = until_online(admin, count, begun);
+    println!("half Online after {:.2} s, all after {:.2} s", half.as_secs_f64(), all.as_secs_f64());
+    println!(
+        "CPU until then: {:.2} s, {:.2} ms a number",
+        daemon.cpu().as_secs_f64(),
+        daemon.cpu().as_secs_f64() * 1000.0 / count as f64
+    );
+    std::thread::sleep(Duration::from_secs(5));
+    let memory = daemon.anonymous_kib();
+    println!(
+        "anonymous memory idle: {:.1} MiB, {:.1} KiB a number",
+        memory as f64 / 1024.0,
+        memory as f64 / count as f64
+    );
+    let (cpu, idle) = (daemon.cpu(), Instant::now());
+    std::thread::sleep(Duration::from_secs(20));
+    let share = (daemon.cpu() - cpu).as_secs_f64() / idle.elapsed().as_secs_f64();
+    println!("CPU idle: {:.1} % of a core", share * 100.0);
+
+    let channel = Channel::from_shared(format!("http://{api}")).unwrap().connect().await.unwrap();
+    let sender = Sender { channel, key };
+    let senders = SENDERS.min(count);
+    for from in 0..senders {
+        sender.send(from, peer(from, senders), "warm".to_owned()).await;
+    }
+    let mut expected = senders as u64;
+    until_sent(admin, expected).await;
+    let cpu = daemon.cpu();
+    let took = paced(&sender, senders).await;
+    expected += RATE_PER_SECOND * RATE_SECONDS;
+    until_sent(admin, expected).await;
+    let per_message = (daemon.cpu() - cpu).as_secs_f64() * 1000.0 / took.len() as f64;
+    println!(
+        "paced {RATE_PER_SECOND}/s over {senders} numbers: accept p50 {:.2} ms, p99 {:.2} ms, max {:.2} ms; {per_message:.2} ms CPU a message",
+        percentile(&took, 0.5),
+        percentile(&took, 0.99),
+        percentile(&took, 1.0)
+    );
+    let (cpu, begun) = (daemon.cpu(), Instant::now());
+    let took = saturated(&sender, senders).await;
+    expected += SATURATED as u64;
+    until_sent(admin, expected).await;
+    let wall = begun.elapsed().as_secs_f64();
+    let cpu = (daemon.cpu() - cpu).as_secs_f64();
+    println!(
+        "saturated, {SATURATED_CALLS} calls at once: {:.0} messages/s, {:.0} a CPU second ({:.2} ms CPU each, sent and received); accept p50 {:.1} ms, p99 {:.1} ms",
+        SATURATED as f64 / wall,
+        SATURATED as f64 / cpu,
+        cpu * 1000.0 / SATURATED as f64,
+        percentile(&took, 0.5),
+        percentile(&took, 0.99)
+    );
+    let memory = daemon.anonymous_kib();
+    println!("anonymous memory after traffic: {:.1} MiB", memory as f64 / 1024.0);
+    println!("sandbox: {}", http(sandbox_address, "GET", "/admin/stats"));
+    drop((daemon, sandbox));
+    let _ = std::fs::remove_dir_all(&directory);
+}

@@ -1,0 +1,204 @@
+//! The event stream of one number: read from the log on disk, then waited for. Nothing is pushed: the next step is read
+//! when the consumer asks, so a slow one costs no memory, and a reader never misses what the log holds.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::drain::Drain;
+use super::error::{ApiError, Reason};
+use super::service::Api;
+use super::token::{self, TokenKind};
+use crate::domain::access::Caller;
+use crate::domain::event::{Event, EventFilter, EventKind};
+use crate::domain::id::{EventSeq, NumberId};
+use crate::number::handle::NumberHandle;
+
+/// Events read from disk at once.
+const PAGE: usize = 200;
+/// Most types a filter may name.
+const TYPES_MAX: usize = 64;
+const PROGRESS_DEFAULT: Duration = Duration::from_secs(30);
+const PROGRESS_MIN: Duration = Duration::from_secs(1);
+const PROGRESS_MAX: Duration = Duration::from_hours(1);
+/// Pause before a number that restarts is looked at again.
+const RESTART_PAUSE: Duration = Duration::from_millis(250);
+/// Cursors with a meaning of their own.
+const FROM_OLDEST: &str = "";
+const FROM_NOW: &str = "now";
+
+/// What a caller wants to follow.
+#[derive(Debug, Default)]
+pub struct StreamOrder<'a> {
+    /// The number, as `Api::number` takes it.
+    pub number: &'a str,
+    /// Only these types; empty for all.
+    pub types: &'a [String],
+    /// Where to go on; empty for the oldest event, `now` for what happens from now on.
+    pub cursor: &'a str,
+    /// How often to tell of progress.
+    pub progress_interval: Option<Duration>,
+}
+
+/// One step of a stream.
+#[derive(Debug)]
+pub enum Step {
+    /// An event that passed the filter.
+    Event(Box<Event>),
+    /// Only the cursor moved, or nothing happened.
+    Progress {
+        /// Everything recorded so far was given.
+        caught_up: bool,
+    },
+}
+
+/// An open stream.
+#[derive(Debug)]
+pub struct EventStream {
+    handle: Arc<NumberHandle>,
+    filter: EventFilter,
+    position: EventSeq,
+    /// Whether the position was given out before, so that what follows it must be there.
+    expects_next: bool,
+    page: VecDeque<Event>,
+    news: watch::Receiver<EventSeq>,
+    drain: Drain,
+    interval: Duration,
+    caught_up: bool,
+}
+
+impl Api {
+    /// Opens a stream.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub fn events(&self, caller: Caller, order: &StreamOrder<'_>) -> Result<EventStream, ApiError> {
+        let number = self.number_meant(caller, order.number)?.id;
+        let filter = filter_of(order.types)?;
+        let interval = order.progress_interval.unwrap_or(PROGRESS_DEFAULT).clamp(PROGRESS_MIN, PROGRESS_MAX);
+        let handle = self.handle_of(number)?;
+        // Before the log is read, so that nothing falls between the two.
+        let news = handle.watch_events();
+        let (position, expects_next) = match order.cursor {
+            FROM_NOW => {
+                // While it starts, the newest event is not known yet.
+                self.store_of(number)?;
+                (*news.borrow(), true)
+            }
+            FROM_OLDEST => (EventSeq(0), false),
+            cursor => (position_of(number, cursor)?, true),
+        };
+        let (page, drain) = (VecDeque::new(), self.drain());
+        Ok(EventStream { handle, filter, position, expects_next, page, news, drain, interval, caught_up: false })
+    }
+}
+
+impl EventStream {
+    /// The next step; waits for it.
+    ///
+    /// # Errors
+    /// `Draining` and `CursorExpired`; the stream is over then.
+    pub async fn next(&mut self) -> Result<Step, ApiError> {
+        loop {
+            if self.drain.has_begun() {
+                return Err(ApiError::from(Reason::Draining).with("cursor", self.cursor()));
+            }
+            while let Some(event) = self.page.pop_front() {
+                self.position = event.id.seq;
+                if self.filter.wants(event.kind()) {
+                    return Ok(Step::Event(Box::new(event)));
+                }
+            }
+            if self.read_page().await? {
+                continue;
+            }
+            if !self.caught_up {
+                self.caught_up = true;
+                return Ok(Step::Progress { caught_up: true });
+            }
+            tokio::select! {
+                changed = self.news.changed() => {
+                    if changed.is_err() {
+                        return Err(Reason::NumberNotFound.into());
+                    }
+                }
+                () = tokio::time::sleep(self.interval) => return Ok(Step::Progress { caught_up: true }),
+                () = self.drain.begun() => {}
+            }
+        }
+    }
+
+    /// The position after the last step.
+    #[must_use]
+    pub fn cursor(&self) -> String {
+        token::encode(TokenKind::Events, [self.handle.id().0, self.position.0])
+    }
+
+    /// Whether there is more to do before waiting for news.
+    async fn read_page(&mut self) -> Result<bool, ApiError> {
+        // The log may hold events that are not synced yet; they are not given out.
+        let durable = *self.news.borrow_and_update();
+        if self.position >= durable {
+            return Ok(false);
+        }
+        let Some(store) = self.handle.store() else {
+            // It restarts; its log is on disk and comes back with it.
+            tokio::time::sleep(RESTART_PAUSE).await;
+            return Ok(true);
+        };
+        let mut events = store.events(self.position, PAGE).await?;
+        events.retain(|event| event.id.seq <= durable);
+        let Some(first) = events.first() else { return Ok(false) };
+        if self.expects_next && first.id.seq.0 != self.position.0 + 1 {
+            let oldest = token::encode(TokenKind::Events, [self.handle.id().0, first.id.seq.0 - 1]);
+            return Err(ApiError::from(Reason::CursorExpired).with("oldest_cursor", oldest));
+        }
+        self.expects_next = true;
+        self.page = events.into();
+        Ok(true)
+    }
+}
+
+fn position_of(number: NumberId, cursor: &str) -> Result<EventSeq, ApiError> {
+    match token::decode(TokenKind::Events, cursor) {
+        Some([of, seq]) if of == number.0 => Ok(EventSeq(seq)),
+        _ => Err(Reason::CursorInvalid.into()),
+    }
+}
+
+fn filter_of(types: &[String]) -> Result<EventFilter, ApiError> {
+    if types.is_empty() {
+        return Ok(EventFilter::All);
+    }
+    if types.len() > TYPES_MAX {
+        return Err(ApiError::field("types", format!("must have at most {TYPES_MAX} entries")));
+    }
+    EventFilter::parse(types.iter().map(String::as_str)).map_err(|_| {
+        let known: Vec<_> = EventKind::ALL.iter().map(|kind| kind.name()).collect();
+        ApiError::field("types", format!("must be among {}", known.join(", ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_belongs_to_its_number() {
+        let cursor = token::encode(TokenKind::Events, [7, 42]);
+        assert_eq!(position_of(NumberId(7), &cursor), Ok(EventSeq(42)));
+        assert_eq!(position_of(NumberId(8), &cursor).unwrap_err().reason, Reason::CursorInvalid);
+        assert_eq!(position_of(NumberId(7), "junk").unwrap_err().reason, Reason::CursorInvalid);
+    }
+
+    #[test]
+    fn no_types_are_all_types_and_a_typo_is_named() {
+        assert_eq!(filter_of(&[]).unwrap(), EventFilter::All);
+        let some = filter_of(&["message.sent".to_owned()]).unwrap();
+        assert!(some.wants(EventKind::MessageSent) && !some.wants(EventKind::MessageRead));
+        let error = filter_of(&["message.snet".to_owned()]).unwrap_err();
+        assert_eq!(error.violations[0].field, "types");
+    }
+}

@@ -1,0 +1,228 @@
+//! Between domain types and the generated ones. Nothing generated leaves this folder.
+
+use std::time::Duration;
+
+use super::proto as pb;
+use crate::api::error::ApiError;
+use crate::api::events::Step;
+use crate::api::messages::MessageCard;
+use crate::api::numbers::NumberCard;
+use crate::api::pairing::PairingStep;
+use crate::api::webhooks::WebhookCard;
+use crate::domain::event::{Event, EventBody};
+use crate::domain::id::{EventId, MessageId};
+use crate::domain::lifecycle::Desired;
+use crate::domain::message::{Direction, FailureCode, MessageStatus};
+use crate::domain::phone::{Contact, Phone};
+use crate::domain::time::Timestamp;
+use crate::store::meta::{NumberKind, TenantRecord};
+
+pub(super) fn time(at: Timestamp) -> prost_types::Timestamp {
+    let nanos = (at.0 % 1000) as i32 * 1_000_000;
+    prost_types::Timestamp { seconds: i64::try_from(at.as_secs()).unwrap_or(i64::MAX), nanos }
+}
+
+pub(super) fn duration(duration: &prost_types::Duration) -> Result<Duration, ApiError> {
+    let seconds = u64::try_from(duration.seconds);
+    let nanos = u32::try_from(duration.nanos);
+    match (seconds, nanos) {
+        (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => Ok(Duration::new(seconds, nanos)),
+        _ => Err(ApiError::field("progress_interval", "must not be negative")),
+    }
+}
+
+pub(super) fn kind_of(kind: i32) -> Result<NumberKind, ApiError> {
+    match pb::NumberKind::try_from(kind) {
+        Ok(pb::NumberKind::Unspecified | pb::NumberKind::Linked) => Ok(NumberKind::Linked),
+        Ok(pb::NumberKind::Official) => Ok(NumberKind::Official),
+        Err(_) => Err(ApiError::field("kind", "is not known")),
+    }
+}
+
+pub(super) fn tenant(record: TenantRecord) -> pb::Tenant {
+    pb::Tenant { id: record.id.to_string(), display_name: record.name, create_time: Some(time(record.created_at)) }
+}
+
+pub(super) fn number(card: NumberCard) -> pb::Number {
+    let NumberCard { record, view, restarts } = card;
+    let kind = match record.kind {
+        NumberKind::Linked => pb::NumberKind::Linked,
+        NumberKind::Official => pb::NumberKind::Official,
+    };
+    let desired = match view.desired {
+        Desired::Running => pb::DesiredState::Running,
+        Desired::Stopped => pb::DesiredState::Stopped,
+    };
+    pb::Number {
+        id: record.id.to_string(),
+        tenant: record.tenant.to_string(),
+        display_name: record.name.clone(),
+        phone_number: record.phone.e164(),
+        kind: kind.into(),
+        // The codes of the domain are the numbers of the contract; a test holds them together.
+        state: i32::from(view.state.code()),
+        state_change_time: Some(time(view.since)),
+        reason: view.reason,
+        next_attempt_time: view.state.next_attempt().map(time),
+        restart_count: i64::try_from(restarts).unwrap_or(i64::MAX),
+        desired_state: desired.into(),
+        create_time: Some(time(record.created_at)),
+    }
+}
+
+pub(super) fn message(card: MessageCard) -> pb::Message {
+    let MessageCard { id, record, progress, peer } = card;
+    let direction = match record.direction {
+        Direction::Inbound => pb::MessageDirection::Inbound,
+        Direction::Outbound => pb::MessageDirection::Outbound,
+        Direction::OwnDevice => pb::MessageDirection::OwnDevice,
+    };
+    let status = progress.map_or(pb::MessageStatus::Unspecified, |progress| status(progress.status));
+    let moment = |at: Option<Timestamp>| at.map(time);
+    pb::Message {
+        id: id.to_string(),
+        number: id.number.to_string(),
+        direction: direction.into(),
+        peer_phone_number: peer.as_ref().map(Phone::e164).unwrap_or_default(),
+        peer_name: record.sender_name.unwrap_or_default(),
+        text: record.content.text().to_owned(),
+        kind: record.content.kind().to_owned(),
+        status: status.into(),
+        create_time: Some(time(record.created_at)),
+        sent_time: moment(progress.and_then(|progress| progress.sent_at)),
+        delivered_time: moment(progress.and_then(|progress| progress.delivered_at)),
+        read_time: moment(progress.and_then(|progress| progress.read_at)),
+        failed_time: moment(progress.and_then(|progress| progress.failed_at)),
+        written_time: Some(time(record.written_at)),
+        failure_code: failure(progress.and_then(|progress| progress.failure)),
+        whatsapp_id: record.whatsapp_id,
+        correlation_id: record.correlation_id.unwrap_or_default(),
+    }
+}
+
+pub(super) fn webhook(card: WebhookCard) -> pb::Webhook {
+    let WebhookCard { id, endpoint } = card;
+    pb::Webhook {
+        id: id.to_string(),
+        number: id.number.to_string(),
+        events: endpoint.filter.names().into_iter().map(str::to_owned).collect(),
+        active: endpoint.active,
+        create_time: Some(time(endpoint.created_at)),
+        url: endpoint.url,
+    }
+}
+
+pub(super) fn pairing_step(step: PairingStep) -> pb::PairNumberResponse {
+    use pb::pair_number_response::Step as Wire;
+    let step = match step {
+        PairingStep::QrCode { code, expires_at } => {
+            Wire::QrCode(pb::QrCode { code, expire_time: Some(time(expires_at)) })
+        }
+        PairingStep::Paired(phone) => Wire::Paired(pb::Paired { phone_number: phone.e164() }),
+        PairingStep::Online => Wire::Online(pb::PairedOnline {}),
+        PairingStep::Failed(reason) => Wire::Failed(pb::PairingFailed { reason }),
+    };
+    pb::PairNumberResponse { step: Some(step) }
+}
+
+pub(super) fn stream_step(step: Step, cursor: String) -> pb::StreamEventsResponse {
+    use pb::stream_events_response::Step as Wire;
+    let step = match step {
+        Step::Event(event) => Wire::Event(self::event(*event)),
+        Step::Progress { caught_up } => Wire::Progress(pb::Progress { caught_up }),
+    };
+    pb::StreamEventsResponse { cursor, step: Some(step) }
+}
+
+fn event(event: Event) -> pb::Event {
+    use pb::event::Body;
+    let kind = event.kind().name().to_owned();
+    let EventId { number, seq } = event.id;
+    let body = match event.body {
+        EventBody::Outbound(body) => Body::MessageProgress(pb::MessageProgress {
+            message: body.message.to_string(),
+            whatsapp_id: body.whatsapp_id,
+            correlation_id: body.correlation_id.unwrap_or_default(),
+            to: phone_of(&body.to),
+            status: status(body.status).into(),
+            failure_code: failure(body.failure),
+        }),
+        EventBody::Received(body) => Body::MessageReceived(pb::MessageReceived {
+            message: MessageId::to_string(&body.message),
+            whatsapp_id: body.whatsapp_id,
+            from: phone_of(&body.from),
+            sender_name: body.sender_name.unwrap_or_default(),
+            text: body.text,
+            written_time: Some(time(body.written_at)),
+        }),
+        EventBody::NumberCreated | EventBody::NumberConnected => Body::NumberChange(pb::NumberChange::default()),
+        EventBody::NumberDisconnected { reason, reconnecting } => {
+            Body::NumberChange(pb::NumberChange { reason, reconnecting })
+        }
+    };
+    pb::Event {
+        id: event.id.to_string(),
+        r#type: kind,
+        number: number.to_string(),
+        sequence: i64::try_from(seq.0).unwrap_or(i64::MAX),
+        create_time: Some(time(event.at)),
+        body: Some(body),
+    }
+}
+
+fn phone_of(contact: &Contact) -> String {
+    contact.phone.as_ref().map(Phone::e164).unwrap_or_default()
+}
+
+fn failure(code: Option<FailureCode>) -> String {
+    code.map(|code| code.name().to_owned()).unwrap_or_default()
+}
+
+fn status(status: MessageStatus) -> pb::MessageStatus {
+    match status {
+        MessageStatus::Queued => pb::MessageStatus::Queued,
+        MessageStatus::Sent => pb::MessageStatus::Sent,
+        MessageStatus::Delivered => pb::MessageStatus::Delivered,
+        MessageStatus::Read => pb::MessageStatus::Read,
+        MessageStatus::Played => pb::MessageStatus::Played,
+        MessageStatus::Failed => pb::MessageStatus::Failed,
+        MessageStatus::Cancelled => pb::MessageStatus::Cancelled,
+        MessageStatus::Expired => pb::MessageStatus::Expired,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::lifecycle::State;
+    use crate::telemetry::number_stats::STATE_NAMES;
+
+    #[test]
+    fn states_are_the_same_in_domain_contract_and_metrics() {
+        let at = Timestamp(1);
+        let states = [
+            State::Unlinked,
+            State::Linking,
+            State::Offline { retry_at: at },
+            State::AwaitingGate,
+            State::Connecting,
+            State::Online,
+            State::Parked { until: at },
+            State::Replaced,
+            State::LoggedOut,
+            State::Stopped,
+            State::Quarantined,
+        ];
+        for state in states {
+            let wire = pb::NumberState::try_from(i32::from(state.code())).unwrap();
+            assert_eq!(wire.as_str_name(), format!("NUMBER_STATE_{}", state.name()));
+            assert_eq!(STATE_NAMES[usize::from(state.code())], state.name().to_lowercase());
+        }
+    }
+
+    #[test]
+    fn times_keep_their_milliseconds() {
+        assert_eq!(time(Timestamp(1_234)), prost_types::Timestamp { seconds: 1, nanos: 234_000_000 });
+        assert!(duration(&prost_types::Duration { seconds: -1, nanos: 0 }).is_err());
+    }
+}

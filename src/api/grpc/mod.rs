@@ -1,0 +1,11 @@
+//! The gRPC wire. The only folder that knows tonic and prost; the client commands borrow its generated client.
+
+mod convert;
+mod event_service;
+mod message_service;
+mod number_service;
+pub mod proto;
+pub mod server;
+pub mod status;
+mod tenant_service;
+mod webhook_service;

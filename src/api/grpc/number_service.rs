@@ -1,0 +1,130 @@
+//! `switchboard.v1.NumberService`.
+
+use futures_util::stream::{self, BoxStream, StreamExt as _};
+use tonic::{Request, Response, Status, async_trait};
+
+use super::convert;
+use super::proto as pb;
+use super::server::Service;
+use super::status::status_of;
+use crate::api::pairing::PairingWatch;
+use crate::number::message::Control;
+use crate::telemetry::metrics::OpenStream;
+
+#[async_trait]
+impl pb::number_service_server::NumberService for Service {
+    type PairNumberStream = BoxStream<'static, Result<pb::PairNumberResponse, Status>>;
+
+    async fn create_number(
+        &self,
+        request: Request<pb::CreateNumberRequest>,
+    ) -> Result<Response<pb::CreateNumberResponse>, Status> {
+        let call = self.begin("CreateNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            let kind = convert::kind_of(asked.kind)?;
+            let made = self.api.create_number(caller, &asked.display_name, &asked.phone_number, kind).await;
+            let (card, api_key) = made?;
+            Ok(pb::CreateNumberResponse { number: Some(convert::number(card)), api_key })
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn get_number(&self, request: Request<pb::GetNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("GetNumber");
+        let caller = self.caller(&request);
+        let outcome = caller.and_then(|caller| self.api.number(caller, &request.get_ref().number));
+        call.answer(outcome.map(convert::number))
+    }
+
+    async fn list_numbers(
+        &self,
+        request: Request<pb::ListNumbersRequest>,
+    ) -> Result<Response<pb::ListNumbersResponse>, Status> {
+        let call = self.begin("ListNumbers");
+        let caller = self.caller(&request);
+        let asked = request.get_ref();
+        let page = caller.and_then(|caller| self.api.numbers(caller, asked.page_size, &asked.page_token));
+        call.answer(page.map(|page| pb::ListNumbersResponse {
+            numbers: page.entries.into_iter().map(convert::number).collect(),
+            next_page_token: page.next,
+        }))
+    }
+
+    async fn delete_number(&self, request: Request<pb::DeleteNumberRequest>) -> Result<Response<()>, Status> {
+        let call = self.begin("DeleteNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            self.api.delete_number(caller, &request.get_ref().number).await
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn pair_number(
+        &self,
+        request: Request<pb::PairNumberRequest>,
+    ) -> Result<Response<Self::PairNumberStream>, Status> {
+        let call = self.begin("PairNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let watch = self.api.pair_number(caller, &request.get_ref().number).await?;
+            Ok(pairing_stream(watch))
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn start_number(&self, request: Request<pb::StartNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let number = request.get_ref().number.clone();
+        self.control("StartNumber", &request, &number, Control::Start).await
+    }
+
+    async fn stop_number(&self, request: Request<pb::StopNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let number = request.get_ref().number.clone();
+        self.control("StopNumber", &request, &number, Control::Stop).await
+    }
+
+    async fn logout_number(&self, request: Request<pb::LogoutNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let number = request.get_ref().number.clone();
+        self.control("LogoutNumber", &request, &number, Control::Logout).await
+    }
+
+    async fn reset_number(&self, request: Request<pb::ResetNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("ResetNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            self.api.reset_number(caller, &request.get_ref().number).await.map(convert::number)
+        };
+        call.answer(outcome.await)
+    }
+}
+
+impl Service {
+    async fn control<T: Sync>(
+        &self,
+        method: &'static str,
+        request: &Request<T>,
+        number: &str,
+        order: Control,
+    ) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin(method);
+        let outcome = async {
+            let caller = self.caller(request)?;
+            self.api.control_number(caller, number, order).await.map(convert::number)
+        };
+        call.answer(outcome.await)
+    }
+}
+
+fn pairing_stream(watch: PairingWatch) -> BoxStream<'static, Result<pb::PairNumberResponse, Status>> {
+    let open = OpenStream::begin();
+    let steps = stream::unfold(Some((watch, open)), |state| async {
+        let (mut watch, open) = state?;
+        match watch.next().await {
+            Ok(Some(step)) => Some((Ok(convert::pairing_step(step)), Some((watch, open)))),
+            Ok(None) => None,
+            Err(error) => Some((Err(status_of(&error)), None)),
+        }
+    });
+    steps.boxed()
+}

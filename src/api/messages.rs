@@ -1,0 +1,244 @@
+//! Messages: accepting them, and reading what became of them.
+
+use std::collections::HashMap;
+
+use super::error::{ApiError, Reason};
+use super::service::{Api, page_size};
+use super::tenants::Page;
+use super::token::{self, TokenKind};
+use crate::domain::access::Caller;
+use crate::domain::id::{ChatNo, MessageId, MessageSeq, NumberId};
+use crate::domain::message::{Content, Direction, MessageRecord, Progress, TEXT_CHARS_MAX};
+use crate::domain::phone::{Contact, Phone};
+use crate::number::handle::SendCommand;
+use crate::store::number_store::NumberStore;
+use crate::telemetry::metrics;
+
+/// Most entries of one page.
+const PAGE_MAX: usize = 500;
+const REQUEST_ID_CHARS_MAX: usize = 128;
+const CORRELATION_ID_CHARS_MAX: usize = 128;
+/// Request ids of a number are one space, whichever key or wire they come by.
+const REQUEST_SCOPE: &str = "send";
+
+/// What a caller wants to send.
+#[derive(Debug, Default)]
+pub struct SendOrder<'a> {
+    /// The number, as `Api::number` takes it.
+    pub number: &'a str,
+    /// The recipient.
+    pub to: &'a str,
+    /// The text; `None` when the caller gave no content at all.
+    pub text: Option<&'a str>,
+    /// Makes it safe to repeat; empty for none.
+    pub request_id: &'a str,
+    /// The caller's own reference; empty for none.
+    pub correlation_id: &'a str,
+}
+
+/// A message as its owner sees it.
+#[derive(Debug, Clone)]
+pub struct MessageCard {
+    /// Its id.
+    pub id: MessageId,
+    /// Its history row.
+    pub record: MessageRecord,
+    /// Where it stands, if this number sent it through the API.
+    pub progress: Option<Progress>,
+    /// The other side's phone number, where known.
+    pub peer: Option<Phone>,
+}
+
+impl Api {
+    /// Accepts a message: it is durable when this returns.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn send_message(&self, caller: Caller, order: SendOrder<'_>) -> Result<MessageCard, ApiError> {
+        let begun = self.parts.clock.monotonic();
+        let record = self.number_meant(caller, order.number)?;
+        let command = command_of(&order)?;
+        let handle = self.handle_of(record.id)?;
+        let accepted = handle.send(command, &self.parts.random).await?;
+        metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
+        let store = handle.store().ok_or(Reason::NumberUnavailable)?;
+        let message = store.message(accepted.seq).await?.ok_or(Reason::Internal)?;
+        Cards::new(record.id, store).card(message).await
+    }
+
+    /// One message, by our id.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn message(&self, caller: Caller, id: &str) -> Result<MessageCard, ApiError> {
+        let id: MessageId = id.parse().map_err(|_| Reason::MessageNotFound)?;
+        if caller == Caller::Operator {
+            return Err(Reason::OperatorScopeNotAllowed.into());
+        }
+        self.number_seen(caller, id.number).map_err(|_| Reason::MessageNotFound)?;
+        let store = self.store_of(id.number)?;
+        let message = store.message(id.seq).await?.ok_or(Reason::MessageNotFound)?;
+        Cards::new(id.number, store).card(message).await
+    }
+
+    /// One outbound message of a number, by WhatsApp's id.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn message_by_whatsapp_id(&self, number: NumberId, whatsapp_id: &str) -> Result<MessageCard, ApiError> {
+        let store = self.store_of(number)?;
+        let message = store.outbound_with(whatsapp_id).await?.ok_or(Reason::MessageNotFound)?;
+        Cards::new(number, store).card(message).await
+    }
+
+    /// A number's messages, newest first.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn messages(
+        &self,
+        caller: Caller,
+        named: &str,
+        peer: &str,
+        size: i32,
+        token: &str,
+    ) -> Result<Page<MessageCard>, ApiError> {
+        let number = self.number_meant(caller, named)?.id;
+        let size = page_size(size, PAGE_MAX)?;
+        let before = match token {
+            "" => None,
+            token => match token::decode(TokenKind::Messages, token) {
+                Some([of, seq]) if of == number.0 => Some(MessageSeq(seq)),
+                _ => return Err(Reason::InvalidPageToken.into()),
+            },
+        };
+        let store = self.store_of(number)?;
+        let chat = match peer {
+            "" => None,
+            peer => match store.chat_of(&recipient("peer_phone_number", peer)?).await? {
+                Some(chat) => Some(chat),
+                None => return Ok(Page { entries: Vec::new(), next: String::new() }),
+            },
+        };
+        let rows = store.messages(chat, before, size).await?;
+        let next = match rows.last() {
+            Some(last) if rows.len() == size => token::encode(TokenKind::Messages, [number.0, last.seq.0]),
+            _ => String::new(),
+        };
+        let mut cards = Cards::new(number, store);
+        let mut entries = Vec::with_capacity(rows.len());
+        for row in rows {
+            entries.push(cards.card(row).await?);
+        }
+        Ok(Page { entries, next })
+    }
+}
+
+/// Completes history rows; remembers the contacts of one page.
+struct Cards {
+    number: NumberId,
+    store: NumberStore,
+    peers: HashMap<ChatNo, Option<Phone>>,
+}
+
+impl Cards {
+    fn new(number: NumberId, store: NumberStore) -> Self {
+        Self { number, store, peers: HashMap::new() }
+    }
+
+    async fn card(&mut self, record: MessageRecord) -> Result<MessageCard, ApiError> {
+        let progress = match record.direction {
+            Direction::Outbound => Some(self.store.progress(record.seq).await?),
+            Direction::Inbound | Direction::OwnDevice => None,
+        };
+        let peer = match self.peers.get(&record.chat) {
+            Some(peer) => peer.clone(),
+            None => {
+                let peer = self.store.contact(record.chat).await?.and_then(|contact| contact.phone);
+                self.peers.insert(record.chat, peer.clone());
+                peer
+            }
+        };
+        let id = MessageId { number: self.number, seq: record.seq };
+        Ok(MessageCard { id, record, progress, peer })
+    }
+}
+
+fn recipient(field: &'static str, text: &str) -> Result<Contact, ApiError> {
+    let invalid = |_| ApiError::of_field(Reason::InvalidDestination, field, "must be an E.164 phone number");
+    Phone::parse(text).map(Contact::of_phone).map_err(invalid)
+}
+
+/// Checks everything and names every wrong field at once.
+fn command_of(order: &SendOrder<'_>) -> Result<SendCommand, ApiError> {
+    let to = recipient("to", order.to);
+    let text = order.text.unwrap_or_default();
+    let mut violations = Vec::new();
+    let mut check = |fine: bool, field, problem: String| {
+        if !fine {
+            violations.extend(ApiError::field(field, problem).violations);
+        }
+    };
+    let chars = text.chars().count();
+    let problem = format!("must have 1 to {TEXT_CHARS_MAX} characters");
+    check((1..=TEXT_CHARS_MAX).contains(&chars) && !text.trim().is_empty(), "text", problem);
+    let problem = format!("must have at most {REQUEST_ID_CHARS_MAX} printable ASCII characters");
+    check(is_label(order.request_id, REQUEST_ID_CHARS_MAX), "request_id", problem);
+    let long = order.correlation_id.chars().count() > CORRELATION_ID_CHARS_MAX;
+    let problem = format!("must have at most {CORRELATION_ID_CHARS_MAX} characters");
+    check(!long && !order.correlation_id.chars().any(char::is_control), "correlation_id", problem);
+    match to {
+        Ok(to) if violations.is_empty() => Ok(SendCommand {
+            to,
+            content: Content::Text(text.to_owned()),
+            correlation_id: some_text(order.correlation_id),
+            request_id: some_text(order.request_id),
+            scope: REQUEST_SCOPE.to_owned(),
+        }),
+        Ok(_) => Err(ApiError { violations, ..Reason::ValidationError.into() }),
+        Err(mut error) => {
+            error.violations.extend(violations);
+            Err(error)
+        }
+    }
+}
+
+fn is_label(text: &str, chars_max: usize) -> bool {
+    text.len() <= chars_max && text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ')
+}
+
+fn some_text(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wrong_fields(order: SendOrder<'_>) -> (Reason, Vec<&'static str>) {
+        let error = command_of(&order).unwrap_err();
+        (error.reason, error.violations.iter().map(|violation| violation.field).collect())
+    }
+
+    const GOOD: SendOrder<'static> =
+        SendOrder { number: "", to: "+5511999999999", text: Some("hi"), request_id: "", correlation_id: "" };
+
+    #[test]
+    fn what_is_right_passes() {
+        let command = command_of(&GOOD).unwrap();
+        assert_eq!((command.content, command.request_id), (Content::Text("hi".to_owned()), None));
+        let longest = "é".repeat(TEXT_CHARS_MAX);
+        assert!(command_of(&SendOrder { text: Some(&longest), ..GOOD }).is_ok());
+    }
+
+    #[test]
+    fn every_wrong_field_is_named_at_once() {
+        let long = "x".repeat(TEXT_CHARS_MAX + 1);
+        for text in [None, Some(""), Some(" \n "), Some(long.as_str())] {
+            assert_eq!(wrong_fields(SendOrder { text, ..GOOD }), (Reason::ValidationError, vec!["text"]));
+        }
+        let all = SendOrder { number: "", to: "abc", text: None, request_id: "ü", correlation_id: "a\nb" };
+        let expected = vec!["to", "text", "request_id", "correlation_id"];
+        assert_eq!(wrong_fields(all), (Reason::InvalidDestination, expected));
+    }
+}

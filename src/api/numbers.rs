@@ -1,0 +1,160 @@
+//! Numbers: making, showing, running and removing them.
+
+use std::sync::Arc;
+
+use super::error::{ApiError, Reason};
+use super::keys::new_key;
+use super::service::{Api, display_name, page_size, tenant_only};
+use super::tenants::{Page, page_of};
+use super::token::TokenKind;
+use crate::domain::access::Caller;
+use crate::domain::id::NumberId;
+use crate::domain::lifecycle::Desired;
+use crate::domain::phone::Phone;
+use crate::number::handle::NumberView;
+use crate::number::message::Control;
+use crate::store::error::StoreError;
+use crate::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord};
+
+/// Most entries of one page.
+const PAGE_MAX: usize = 1000;
+
+/// A number as its owner sees it.
+#[derive(Debug, Clone)]
+pub struct NumberCard {
+    /// What was recorded of it.
+    pub record: Arc<NumberRecord>,
+    /// What it does now.
+    pub view: NumberView,
+    /// Crashes since the daemon started.
+    pub restarts: u64,
+}
+
+impl Api {
+    /// Makes a number and starts it; returns it with the text of its first key.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn create_number(
+        &self,
+        caller: Caller,
+        name: &str,
+        phone: &str,
+        kind: NumberKind,
+    ) -> Result<(NumberCard, String), ApiError> {
+        let tenant = tenant_only(caller)?;
+        if kind == NumberKind::Official {
+            return Err(Reason::KindNotSupported.into());
+        }
+        let now = self.parts.clock.now();
+        let record = NumberRecord {
+            id: NumberId(self.parts.random.word()),
+            tenant,
+            name: display_name(name)?,
+            phone: Phone::parse(phone).map_err(|error| ApiError::field("phone_number", error.to_string()))?,
+            kind,
+            volume: self.parts.store.roomiest_volume(),
+            created_at: now,
+            deleting: false,
+        };
+        let id = record.id;
+        let (key, key_record) = new_key(KeySubject::Number(id), &self.parts.random, now);
+        let meta = self.parts.store.meta().clone();
+        let fleet = self.parts.fleet.clone();
+        self.to_the_end(async move {
+            meta.create_number(record.clone(), vec![key_record]).await.map_err(|error| match error {
+                StoreError::Conflict => Reason::NumberAlreadyExists.into(),
+                error => ApiError::from(error),
+            })?;
+            fleet.add(&record).await;
+            Ok(())
+        })
+        .await?;
+        tracing::info!(number = %id, tenant = %tenant, "number created");
+        Ok((self.card(self.number_seen(caller, id)?)?, key.text))
+    }
+
+    /// One number.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub fn number(&self, caller: Caller, named: &str) -> Result<NumberCard, ApiError> {
+        self.card(self.number_meant(caller, named)?)
+    }
+
+    /// The tenant's numbers, oldest first.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub fn numbers(&self, caller: Caller, size: i32, token: &str) -> Result<Page<NumberCard>, ApiError> {
+        let tenant = tenant_only(caller)?;
+        let size = page_size(size, PAGE_MAX)?;
+        let mut all = self.parts.store.meta().numbers(Some(tenant));
+        all.retain(|record| !record.deleting);
+        let position = |record: &Arc<NumberRecord>| [record.created_at.0, record.id.0];
+        let page = page_of(all, TokenKind::Numbers, position, size, token)?;
+        // One that is being removed has no handle any more.
+        let entries = page.entries.into_iter().filter_map(|record| self.card(record).ok()).collect();
+        Ok(Page { entries, next: page.next })
+    }
+
+    /// All of the tenant's numbers, for the list without pages.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub fn all_numbers(&self, caller: Caller) -> Result<Vec<NumberCard>, ApiError> {
+        let tenant = tenant_only(caller)?;
+        let all = self.parts.store.meta().numbers(Some(tenant));
+        let living = all.into_iter().filter(|record| !record.deleting);
+        Ok(living.filter_map(|record| self.card(record).ok()).collect())
+    }
+
+    /// The keys of a number, without their secrets.
+    #[must_use]
+    pub fn keys_of_number(&self, id: NumberId) -> Vec<Arc<KeyRecord>> {
+        self.parts.store.meta().keys_of(KeySubject::Number(id))
+    }
+
+    /// Removes a number and everything of it.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn delete_number(&self, caller: Caller, named: &str) -> Result<(), ApiError> {
+        tenant_only(caller)?;
+        let id = self.number_meant(caller, named)?.id;
+        let fleet = self.parts.fleet.clone();
+        self.to_the_end(async move { Ok(fleet.remove(id).await?) }).await?;
+        tracing::info!(number = %id, "number deleted");
+        Ok(())
+    }
+
+    /// Gives a number an order; returns what it does right after taking it.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn control_number(&self, caller: Caller, named: &str, order: Control) -> Result<NumberCard, ApiError> {
+        let record = self.number_meant(caller, named)?;
+        self.handle_of(record.id)?.control(order).await?;
+        self.card(record)
+    }
+
+    /// Ends a quarantine, a park or a wait at once.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn reset_number(&self, caller: Caller, named: &str) -> Result<NumberCard, ApiError> {
+        let record = self.number_meant(caller, named)?;
+        self.parts.fleet.reset(record.id);
+        let handle = self.handle_of(record.id)?;
+        if handle.view().desired == Desired::Running {
+            // A quarantined number has no actor to take the order; the reset above starts it.
+            let _ = handle.control(Control::Start).await;
+        }
+        self.card(record)
+    }
+
+    fn card(&self, record: Arc<NumberRecord>) -> Result<NumberCard, ApiError> {
+        let handle = self.parts.fleet.directory().get(record.id).ok_or(Reason::NumberNotFound)?;
+        Ok(NumberCard { view: handle.view(), restarts: handle.stats().restarts.value(), record })
+    }
+}

@@ -1,0 +1,58 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+/// Keeps whole fleets of WhatsApp numbers connected.
+#[derive(Debug, Parser)]
+#[command(name = "switchboard", version)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run the daemon.
+    Serve {
+        /// TOML file; every key can also be set as SWITCHBOARD__SECTION__KEY.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Check or show the configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Run the loopback WhatsApp.
+    #[cfg(feature = "sandbox")]
+    Sandbox {
+        /// Where to listen; may be repeated when one address has too few ports.
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7480")]
+        listen: Vec<std::net::SocketAddr>,
+        /// Where to keep keys and accounts; without it everything is forgotten at the end.
+        #[arg(long, value_name = "DIR")]
+        data: Option<PathBuf>,
+        /// For everything left to chance.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+    },
+    /// Watch the whole thing work: two numbers link, chat and deliver webhooks, all on this machine.
+    #[cfg(feature = "sandbox")]
+    Demo {
+        /// End after the story, with status 0 only if every step was verified.
+        #[arg(long)]
+        exit: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigCommand {
+    /// Report every mistake and exit with status 78 if there is one.
+    Check {
+        /// TOML file.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Print every key with its default and its meaning.
+    Defaults,
+}

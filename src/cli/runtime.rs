@@ -1,0 +1,165 @@
+//! Arguments to configuration to telemetry to one command.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::arguments::{Arguments, Command, ConfigCommand};
+use super::exit;
+use crate::config::sections::Config;
+use crate::daemon::Daemon;
+use crate::telemetry::clock::SystemClock;
+use crate::telemetry::{logging, panic_hook};
+
+/// Runs what the command line says and gives the exit status.
+#[must_use]
+pub fn run() -> ExitCode {
+    match Arguments::parse().command {
+        Command::Serve { config } => serve(config.as_deref()),
+        Command::Config(ConfigCommand::Check { config }) => match load(config.as_deref()) {
+            Ok(_) => ExitCode::SUCCESS,
+            Err(code) => code,
+        },
+        Command::Config(ConfigCommand::Defaults) => {
+            print(Config::documentation());
+            ExitCode::SUCCESS
+        }
+        #[cfg(feature = "sandbox")]
+        Command::Sandbox { listen, data, seed } => {
+            sandbox(crate::sandbox::server::SandboxConfig { listen, data, seed })
+        }
+        #[cfg(feature = "sandbox")]
+        Command::Demo { exit } => demo(exit),
+    }
+}
+
+fn print(text: &str) {
+    use std::io::Write;
+    // A closed pipe is the reader's choice.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+fn complain(text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "switchboard: {text}");
+}
+
+fn load(file: Option<&Path>) -> Result<Config, ExitCode> {
+    Config::load(file, std::env::vars()).map_err(|mistakes| {
+        complain(&mistakes.to_string());
+        exit::code(exit::CONFIG)
+    })
+}
+
+fn block_on(work: impl Future<Output = ExitCode>) -> ExitCode {
+    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(work),
+        Err(error) => {
+            complain(&error.to_string());
+            exit::code(exit::SOFTWARE)
+        }
+    }
+}
+
+fn serve(file: Option<&Path>) -> ExitCode {
+    let config = match load(file) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    if let Err(error) = logging::init(config.log.format, &config.log.level) {
+        complain(&error.to_string());
+        return exit::code(exit::CONFIG);
+    }
+    panic_hook::install(Arc::new(SystemClock::new()));
+    block_on(async {
+        let mut signals = match Signals::new() {
+            Ok(signals) => signals,
+            Err(error) => {
+                complain(&error.to_string());
+                return exit::code(exit::SOFTWARE);
+            }
+        };
+        let mut daemon = match Daemon::start(&config).await {
+            Ok(daemon) => daemon,
+            Err(error) => {
+                complain(&error.to_string());
+                return exit::code(exit::UNAVAILABLE);
+            }
+        };
+        let died = tokio::select! {
+            () = signals.next() => false,
+            () = daemon.supervisor_died() => true,
+        };
+        daemon.drain(signals.next()).await;
+        if died { exit::code(exit::SOFTWARE) } else { ExitCode::SUCCESS }
+    })
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+#[cfg(feature = "sandbox")]
+fn sandbox(config: crate::sandbox::server::SandboxConfig) -> ExitCode {
+    if let Err(error) = logging::init(logging::Format::Text, "info") {
+        complain(&error.to_string());
+    }
+    block_on(async {
+        let stopped = async {
+            match Signals::new() {
+                Ok(mut signals) => signals.next().await,
+                Err(error) => complain(&error.to_string()),
+            }
+        };
+        let started = |sandbox: &crate::sandbox::server::RunningSandbox| {
+            print(&format!("sandbox {} {}\n", sandbox.ws_url(), sandbox.root_hex()));
+        };
+        match crate::sandbox::server::run(config, started, stopped).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error.to_string());
+                exit::code(exit::UNAVAILABLE)
+            }
+        }
+    })
+}
+
+#[cfg(feature = "sandbox")]
+fn demo(leave: bool) -> ExitCode {
+    if let Err(error) = logging::init(logging::Format::Text, "warn") {
+        complain(&error.to_string());
+    }
+    block_on(async {
+        let stopped = async {
+            match Signals::new() {
+                Ok(mut signals) => signals.next().await,
+                Err(error) => complain(&error.to_string()),
+            }
+        };
+        match crate::demo::story::tell(leave, |line| print(&format!("{line}\n")), stopped).await {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                complain(&error.to_string());
+                exit::code(exit::SOFTWARE)
+            }
+        }
+    })
+}

@@ -1,0 +1,269 @@
+//! The composition root: builds every part in order, binds, runs, drains. The only place that wires.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::Router;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use crate::api::drain::{self, DrainTrigger};
+use crate::api::grpc::server::Health;
+use crate::api::http::admin::{AdminParts, admin};
+use crate::api::http::server::{PublicLimits, public, serve};
+use crate::api::keys::ensure_operator_key;
+use crate::api::service::{Api, Parts};
+use crate::config::sections::Config;
+use crate::domain::gate::GateLimits;
+use crate::domain::limiter::{Limits, Pace};
+use crate::number::environment::Environment;
+use crate::session::contract::SessionHandle;
+use crate::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
+use crate::session::opener::{OpenPurpose, OpenRequest, Opener};
+use crate::store::layout::{OpenError, Store};
+use crate::supervisor::fleet::Fleet;
+use crate::supervisor::gate::ConnectGate;
+use crate::telemetry::clock::{Clock, SystemClock};
+use crate::telemetry::metrics::Exposition;
+use crate::telemetry::rng::Random;
+use crate::webhook::client::{self, WebhookClient};
+use crate::webhook::guard::Policy;
+
+/// Time kept back from the grace period for closing sessions and the store.
+const CLOSING_TIME: Duration = Duration::from_secs(5);
+
+/// The daemon does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data directory.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// A listener.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// Which address.
+        address: SocketAddr,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// Anything else that had to be there.
+    #[error("{part}: {error}")]
+    Part {
+        /// Which part.
+        part: &'static str,
+        /// What it said.
+        error: String,
+    },
+}
+
+fn part<E: std::fmt::Display>(part: &'static str) -> impl FnOnce(E) -> StartError {
+    move |error| StartError::Part { part, error: error.to_string() }
+}
+
+/// A running daemon.
+pub struct Daemon {
+    fleet: Fleet,
+    store: Arc<Store>,
+    gate: Arc<ConnectGate>,
+    sessions: Arc<LinkEnvironment>,
+    health: Health,
+    public: Listener,
+    admin: Listener,
+    grace: Duration,
+    root_ended: JoinHandle<()>,
+    gate_task: AbortOnDrop,
+}
+
+impl std::fmt::Debug for Daemon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Daemon").field("public", &self.public.address).finish_non_exhaustive()
+    }
+}
+
+/// A listener and the task that serves it.
+struct Listener {
+    address: SocketAddr,
+    drain: DrainTrigger,
+    served: AbortOnDrop,
+}
+
+impl Listener {
+    fn serve(listener: TcpListener, address: SocketAddr, router: Router, drain: (DrainTrigger, drain::Drain)) -> Self {
+        let (trigger, drain) = drain;
+        let served = AbortOnDrop(tokio::task::spawn(serve(listener, router, drain)));
+        Self { address, drain: trigger, served }
+    }
+
+    /// Takes no more connections and lets the open ones finish, for as long as `patience`.
+    async fn close(mut self, patience: Duration) {
+        self.drain.begin();
+        let _ = tokio::time::timeout(patience, &mut self.served.0).await;
+    }
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Opens linked sessions.
+struct LinkedOpener(Arc<LinkEnvironment>);
+
+impl Opener for LinkedOpener {
+    fn open(&self, request: OpenRequest) -> SessionHandle {
+        let purpose = match request.purpose {
+            OpenPurpose::Pair { expected } => Purpose::Pair { expected },
+            OpenPurpose::Connect => Purpose::Connect,
+        };
+        let OpenRequest { store, slot, events, span, .. } = request;
+        link::open(&self.0, LinkParams { store, purpose, slot, events, span })
+    }
+}
+
+impl Daemon {
+    /// Builds and starts everything. The API answers when this returns; numbers connect behind.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing runs then.
+    pub async fn start(config: &Config) -> Result<Self, StartError> {
+        let (public_listener, public_address) = listen(config.api.listen).await?;
+        let (admin_listener, admin_address) = listen(config.admin.listen).await?;
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let random = Arc::new(Random::from_system().map_err(part("randomness"))?);
+        let exposition = Exposition::install().map_err(part("metrics"))?;
+        let (dir, secret) = (config.data.dir.clone(), random.bytes());
+        let opened = tokio::task::spawn_blocking(move || Store::open(&dir, secret)).await;
+        let store = Arc::new(opened.map_err(part("store"))??);
+        let operator_key = ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir).await;
+        let operator_key = operator_key.map_err(part("operator key"))?;
+        let (booted, admin_drain) = (Arc::new(OnceLock::new()), drain::channel());
+        let parts = AdminParts {
+            store: store.clone(),
+            fleet: booted.clone(),
+            clock: clock.clone(),
+            exposition,
+            drain: admin_drain.1.clone(),
+        };
+        let admin = Listener::serve(admin_listener, admin_address, admin(parts), admin_drain);
+        let policy = if config.webhook.allow_private { Policy::AllowPrivate } else { Policy::PublicOnly };
+        let (sessions, gate, environment) = environment(config, &store, &clock, &random, policy)?;
+        let gate_task = AbortOnDrop(tokio::task::spawn(gate.clone().run()));
+        let (fleet, root_ended) = Fleet::start(environment).await.map_err(part("supervisor"))?;
+        let public_drain = drain::channel();
+        let api = Api::new(Parts {
+            store: store.clone(),
+            fleet: fleet.clone(),
+            clock,
+            random,
+            webhook_policy: policy,
+            drain: public_drain.1.clone(),
+        });
+        let _ = booted.set(fleet.clone());
+        let limits =
+            PublicLimits { concurrent_requests: config.api.concurrent_requests, deadline: config.api.deadline };
+        let (router, health) = public(&api, limits).await.map_err(part("api"))?;
+        let public = Listener::serve(public_listener, public_address, router, public_drain);
+        tracing::info!(operator_key = %operator_key.display(), "operator key");
+        tracing::info!(api = %public.address, admin = %admin.address, "ready");
+        let grace = config.shutdown.grace;
+        Ok(Self { fleet, store, gate, sessions, health, public, admin, grace, root_ended, gate_task })
+    }
+
+    /// Where gRPC and the JSON API answer.
+    #[must_use]
+    pub fn public_address(&self) -> SocketAddr {
+        self.public.address
+    }
+
+    /// Where metrics and probes answer.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin.address
+    }
+
+    /// The numbers.
+    #[must_use]
+    pub fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
+    /// Returns when the supervisor has died: nothing can go on then.
+    pub async fn supervisor_died(&mut self) {
+        let _ = (&mut self.root_ended).await;
+    }
+
+    /// Goes down in order: no new sends, streams end, numbers finish and close, then the store. `hurry` skips to
+    /// the store.
+    pub async fn drain(self, hurry: impl Future<Output = ()>) {
+        tracing::info!("draining");
+        let Self { fleet, store, gate, sessions, health, public, admin, grace, gate_task, .. } = self;
+        health.set_serving(false).await;
+        gate.close();
+        let deadline = grace.saturating_sub(CLOSING_TIME);
+        let orderly = async {
+            // Streams end with their cursor; calls under way are answered while the numbers finish.
+            tokio::join!(fleet.drain(deadline), public.close(deadline));
+            sessions.shutdown(CLOSING_TIME).await;
+        };
+        tokio::select! {
+            () = orderly => {}
+            () = hurry => tracing::warn!("drain cut short"),
+        }
+        drop(gate_task);
+        let closing = store.clone();
+        let _ = tokio::task::spawn_blocking(move || closing.close()).await;
+        admin.close(Duration::from_millis(200)).await;
+        tracing::info!("stopped");
+    }
+}
+
+/// What every number acts with.
+fn environment(
+    config: &Config,
+    store: &Arc<Store>,
+    clock: &Arc<dyn Clock>,
+    random: &Arc<Random>,
+    policy: Policy,
+) -> Result<(Arc<LinkEnvironment>, Arc<ConnectGate>, Arc<Environment>), StartError> {
+    let version = config.whatsapp.version.map(|version| (version.primary, version.secondary, version.tertiary));
+    let link = LinkConfig { url: config.whatsapp.url.to_string(), client_version: version };
+    let sessions = LinkEnvironment::new(link).map_err(part("whatsapp"))?;
+    let gate = ConnectGate::new(gate_limits(config), clock.clone());
+    let webhooks = WebhookClient::new(client::Config { policy, timeout: config.webhook.timeout });
+    let environment = Arc::new(Environment {
+        clock: clock.clone(),
+        random: random.clone(),
+        store: store.clone(),
+        opener: Arc::new(LinkedOpener(sessions.clone())),
+        gate: gate.clone(),
+        webhooks: webhooks.map_err(part("webhooks"))?,
+        limits: limits(config),
+    });
+    Ok((sessions, gate, environment))
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Listen { address, error };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+fn gate_limits(config: &Config) -> GateLimits {
+    GateLimits {
+        per_second: config.gate.connects_per_second,
+        burst: config.gate.burst,
+        concurrent: config.gate.concurrent,
+    }
+}
+
+fn limits(config: &Config) -> Limits {
+    Limits {
+        number: Pace { interval: config.limits.interval, burst: config.limits.burst },
+        chat: Pace { interval: config.limits.chat_interval, burst: config.limits.chat_burst },
+    }
+}

@@ -1,0 +1,113 @@
+//! What a step wants to be on disk, in the domain's terms. The store knows how each is written.
+
+use serde::{Deserialize, Serialize};
+
+use super::delivery::{DeliveryRow, Endpoint};
+use super::event::Event;
+use super::id::{ChatNo, EventSeq, MessageSeq};
+use super::lifecycle::Life;
+use super::message::{Direction, MessageRecord, Progress};
+use super::outbox::OutboxRow;
+use super::phone::Contact;
+use super::time::Timestamp;
+
+/// One change of one record of a number.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// A new history row and its index entries.
+    Message(MessageRecord),
+    /// The delivery progress of an outbound message.
+    Progress(MessageSeq, Progress),
+    /// An accepted send that is not settled.
+    Outbox(OutboxRow),
+    /// A settled send.
+    OutboxGone(MessageSeq),
+    /// The answer a request id got.
+    Idempotency(IdempotencyKey, IdempotencyRecord),
+    /// A chat and the addresses it is found by.
+    Chat(ChatNo, Contact),
+    /// An inbound message that must not be taken in twice.
+    Seen(SeenKey, MessageSeq),
+    /// An entry of the event log.
+    Event(Event),
+    /// An event waits for an endpoint.
+    Delivery(u32, DeliveryRow),
+    /// It no longer does.
+    DeliveryGone(u32, EventSeq),
+    /// It was given up.
+    DeadLetter(u32, DeliveryRow),
+    /// What became of one attempt.
+    Attempt(AttemptRecord),
+    /// A webhook endpoint.
+    Endpoint(Endpoint),
+    /// A webhook endpoint and everything queued for it.
+    EndpointGone(u32),
+    /// High-water marks; part of every change that moves one.
+    Counters(Counters),
+    /// The number's life.
+    Life(Life),
+}
+
+/// Hash of a request id together with the key that used it; made by the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct IdempotencyKey(pub [u8; 16]);
+
+/// The answer a request id got.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdempotencyRecord {
+    /// SHA-256 of what was asked, so that another question is noticed.
+    pub body: [u8; 32],
+    /// The message it made.
+    pub seq: MessageSeq,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+    /// When it may be forgotten.
+    pub expires_at: Timestamp,
+}
+
+/// What makes an inbound message the same one: ids alone are not unique per sender.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeenKey {
+    /// The chat.
+    pub chat: ChatNo,
+    /// Who wrote it.
+    pub direction: Direction,
+    /// WhatsApp's id.
+    pub whatsapp_id: String,
+    /// Hash of the decoded message.
+    pub digest: [u8; 16],
+}
+
+/// One webhook attempt, for the delivery log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttemptRecord {
+    /// The endpoint.
+    pub endpoint: u32,
+    /// The event.
+    pub event: EventSeq,
+    /// Which attempt, from 1.
+    pub attempt: u16,
+    /// When it ended.
+    pub at: Timestamp,
+    /// HTTP status, if there was one.
+    pub status: Option<u16>,
+    /// Stable word for the outcome, for instance `delivered` or `timeout`.
+    pub outcome: String,
+    /// How long it took, in milliseconds.
+    pub duration_ms: u64,
+}
+
+/// High-water marks of a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct Counters {
+    /// Last history row.
+    pub message: u64,
+    /// Last event.
+    pub event: u64,
+    /// Last chat.
+    pub chat: u32,
+    /// Last endpoint.
+    pub endpoint: u32,
+    /// Whether the last thing customers were told about the connection is that it stands.
+    pub announced_connected: bool,
+}

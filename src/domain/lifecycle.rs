@@ -1,0 +1,621 @@
+//! The life of one number's connection: one state, one verdict per way a connection can end. Total: every state
+//! answers every input.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::close::CloseReason;
+use super::time::Timestamp;
+
+/// Online this long, with an answered ping, before the backoff starts over.
+pub const STABLE_AFTER: Duration = Duration::from_secs(60);
+/// A recycled stream reconnects at once, but not more often than this.
+const IMMEDIATE_RECONNECT_EVERY: Duration = Duration::from_secs(60);
+/// A temporary ban without an end.
+const BAN_DEFAULT: Duration = Duration::from_secs(24 * 3600);
+/// First pause after a 429; doubles each time.
+const RATE_LIMIT_PAUSE_MIN: Duration = Duration::from_secs(300);
+/// Longest pause after a 429.
+const RATE_LIMIT_PAUSE_MAX: Duration = Duration::from_secs(7200);
+/// Pause after a refusal that waiting seldom heals; somebody has to look.
+const REFUSED_PAUSE: Duration = Duration::from_secs(6 * 3600);
+/// Pause when WhatsApp no longer accepts our version.
+const OUTDATED_PAUSE: Duration = Duration::from_secs(3600);
+/// Failures of one kind in a row that turn backing off into parking.
+const SUSPICIOUS_FAILURES: u32 = 3;
+
+/// Where a number stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum State {
+    /// Never linked, or its credentials are gone.
+    Unlinked,
+    /// Showing QR codes.
+    Linking,
+    /// No connection; the next try is at `retry_at`.
+    Offline {
+        /// When to ask the gate.
+        retry_at: Timestamp,
+    },
+    /// Wants to connect, waits for its turn.
+    AwaitingGate,
+    /// Opening the connection, logging in, draining.
+    Connecting,
+    /// Logged in and drained.
+    Online,
+    /// Not connecting before `until`: WhatsApp or prudence said so.
+    Parked {
+        /// Earliest next try.
+        until: Timestamp,
+    },
+    /// Another connection took over this device; fighting for it would evict each other for ever.
+    Replaced,
+    /// Unlinked by the account owner, locked or banned: needs linking again.
+    LoggedOut,
+    /// The operator wants it down.
+    Stopped,
+    /// Crashed too often; the supervisor tries again by itself, later.
+    Quarantined,
+}
+
+impl State {
+    /// Stable name for metrics, logs and the API.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unlinked => "UNLINKED",
+            Self::Linking => "LINKING",
+            Self::Offline { .. } => "OFFLINE",
+            Self::AwaitingGate => "AWAITING_GATE",
+            Self::Connecting => "CONNECTING",
+            Self::Online => "ONLINE",
+            Self::Parked { .. } => "PARKED",
+            Self::Replaced => "REPLACED",
+            Self::LoggedOut => "LOGGED_OUT",
+            Self::Stopped => "STOPPED",
+            Self::Quarantined => "QUARANTINED",
+        }
+    }
+
+    /// Numeric code for the `state` metric and the wire; stable. 7 is kept for a degraded connection.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Unlinked => 1,
+            Self::Linking => 2,
+            Self::Offline { .. } => 3,
+            Self::AwaitingGate => 4,
+            Self::Connecting => 5,
+            Self::Online => 6,
+            Self::Parked { .. } => 8,
+            Self::Replaced => 9,
+            Self::LoggedOut => 10,
+            Self::Stopped => 11,
+            Self::Quarantined => 12,
+        }
+    }
+
+    /// When it changes by itself, if it does.
+    #[must_use]
+    pub const fn next_attempt(self) -> Option<Timestamp> {
+        match self {
+            Self::Offline { retry_at } => Some(retry_at),
+            Self::Parked { until } => Some(until),
+            Self::Unlinked
+            | Self::Linking
+            | Self::AwaitingGate
+            | Self::Connecting
+            | Self::Online
+            | Self::Replaced
+            | Self::LoggedOut
+            | Self::Stopped
+            | Self::Quarantined => None,
+        }
+    }
+}
+
+/// What the operator wants; theirs alone, never changed by what WhatsApp does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Desired {
+    /// Connected whenever possible.
+    Running,
+    /// Down.
+    Stopped,
+}
+
+/// What a session is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Link a new device.
+    Pair,
+    /// Log in with the stored one.
+    Connect,
+}
+
+/// What can happen to a number's connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// The operator wants it up.
+    Start,
+    /// The operator wants it down.
+    Stop,
+    /// Somebody asks for QR codes.
+    Pair,
+    /// The gate lets it connect.
+    Granted,
+    /// The phone accepted the link; credentials are durable.
+    Paired,
+    /// Logged in and drained.
+    Online,
+    /// The server answered something.
+    Alive,
+    /// The connection ended; `backoff` is the wait the calculator proposes.
+    Closed {
+        /// Why.
+        reason: CloseReason,
+        /// Proposed wait, jitter included.
+        backoff: Duration,
+    },
+    /// Time went by.
+    Tick,
+}
+
+/// What must be done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Effect {
+    /// Ask the gate for a turn.
+    AskGate,
+    /// Leave the gate's queue.
+    LeaveGate,
+    /// Open a session.
+    Open(Purpose),
+    /// Close the session politely.
+    Close,
+    /// Start the connection backoff over.
+    ResetBackoff,
+}
+
+/// The life of one number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// Where it stands.
+    pub state: State,
+    /// Since when.
+    pub since: Timestamp,
+    /// Why it came there: a stable code, empty when nothing went wrong.
+    pub reason: String,
+    /// What the operator wants.
+    pub desired: Desired,
+    /// Whether credentials are stored.
+    pub linked: bool,
+    failures: u32,
+    rate_limits: u32,
+    last_immediate: Option<Timestamp>,
+    stable: bool,
+}
+
+impl Life {
+    /// A number that was just created.
+    #[must_use]
+    pub fn new(now: Timestamp) -> Self {
+        Self {
+            state: State::Unlinked,
+            since: now,
+            reason: String::new(),
+            desired: Desired::Running,
+            linked: false,
+            failures: 0,
+            rate_limits: 0,
+            last_immediate: None,
+            stable: false,
+        }
+    }
+
+    /// The same life after a restart of the process or of the actor: no connection exists any more, everything
+    /// that must not connect by itself stays as it was.
+    #[must_use]
+    pub fn revived(mut self, now: Timestamp) -> Self {
+        let state = match self.state {
+            State::Linking if self.linked => State::Offline { retry_at: now },
+            State::Linking => State::Unlinked,
+            State::Offline { .. } | State::AwaitingGate | State::Connecting | State::Online | State::Quarantined
+                if !self.linked =>
+            {
+                State::Unlinked
+            }
+            State::Offline { .. } | State::AwaitingGate | State::Connecting | State::Online | State::Quarantined => {
+                State::Offline { retry_at: now }
+            }
+            kept @ (State::Unlinked | State::Parked { .. } | State::Replaced | State::LoggedOut | State::Stopped) => {
+                kept
+            }
+        };
+        if self.desired == Desired::Stopped {
+            self.enter(State::Stopped, now);
+        } else {
+            self.enter(state, now);
+        }
+        self.stable = false;
+        self
+    }
+
+    fn enter(&mut self, state: State, now: Timestamp) {
+        if self.state != state {
+            self.state = state;
+            self.since = now;
+        }
+    }
+
+    fn has_session(&self) -> bool {
+        matches!(self.state, State::Linking | State::Connecting | State::Online)
+    }
+
+    /// One step. Pure: the same life, input and moment always give the same result.
+    pub fn step(&mut self, input: Input, now: Timestamp) -> Vec<Effect> {
+        match input {
+            Input::Start => self.start(now),
+            Input::Stop => self.stop(now),
+            Input::Pair => self.pair(now),
+            Input::Granted => self.granted(now),
+            Input::Paired => {
+                self.linked = true;
+                self.reason.clear();
+                Vec::new()
+            }
+            Input::Online => self.online(now),
+            Input::Alive => self.alive(now),
+            Input::Closed { reason, backoff } => self.closed(&reason, backoff, now),
+            Input::Tick => self.tick(now),
+        }
+    }
+
+    fn resting_state(&self, now: Timestamp) -> State {
+        if self.linked { State::Offline { retry_at: now } } else { State::Unlinked }
+    }
+
+    fn start(&mut self, now: Timestamp) -> Vec<Effect> {
+        self.desired = Desired::Running;
+        match self.state {
+            // The operator's word also ends a wait and a stand-off.
+            State::Stopped | State::Offline { .. } | State::Parked { .. } | State::Replaced | State::Quarantined => {
+                self.enter(self.resting_state(now), now);
+                self.tick(now)
+            }
+            State::Unlinked
+            | State::Linking
+            | State::AwaitingGate
+            | State::Connecting
+            | State::Online
+            | State::LoggedOut => Vec::new(),
+        }
+    }
+
+    fn stop(&mut self, now: Timestamp) -> Vec<Effect> {
+        self.desired = Desired::Stopped;
+        if self.has_session() {
+            return vec![Effect::LeaveGate, Effect::Close];
+        }
+        let waiting = self.state == State::AwaitingGate;
+        if self.state != State::LoggedOut {
+            self.enter(State::Stopped, now);
+        }
+        if waiting { vec![Effect::LeaveGate] } else { Vec::new() }
+    }
+
+    fn pair(&mut self, now: Timestamp) -> Vec<Effect> {
+        match self.state {
+            State::Unlinked | State::LoggedOut => {
+                self.desired = Desired::Running;
+                self.linked = false;
+                self.reason.clear();
+                self.enter(State::Linking, now);
+                vec![Effect::AskGate]
+            }
+            State::Linking
+            | State::Offline { .. }
+            | State::AwaitingGate
+            | State::Connecting
+            | State::Online
+            | State::Parked { .. }
+            | State::Replaced
+            | State::Stopped
+            | State::Quarantined => Vec::new(),
+        }
+    }
+
+    fn granted(&mut self, now: Timestamp) -> Vec<Effect> {
+        match self.state {
+            State::Linking => vec![Effect::Open(Purpose::Pair)],
+            State::AwaitingGate => {
+                self.enter(State::Connecting, now);
+                vec![Effect::Open(Purpose::Connect)]
+            }
+            State::Unlinked
+            | State::Offline { .. }
+            | State::Connecting
+            | State::Online
+            | State::Parked { .. }
+            | State::Replaced
+            | State::LoggedOut
+            | State::Stopped
+            | State::Quarantined => vec![Effect::LeaveGate],
+        }
+    }
+
+    fn online(&mut self, now: Timestamp) -> Vec<Effect> {
+        match self.state {
+            State::Linking | State::Connecting => {
+                self.enter(State::Online, now);
+                self.reason.clear();
+                self.stable = false;
+                Vec::new()
+            }
+            // A session nobody should have.
+            State::Unlinked
+            | State::Offline { .. }
+            | State::AwaitingGate
+            | State::Parked { .. }
+            | State::Replaced
+            | State::LoggedOut
+            | State::Stopped
+            | State::Quarantined => vec![Effect::Close],
+            State::Online => Vec::new(),
+        }
+    }
+
+    fn alive(&mut self, now: Timestamp) -> Vec<Effect> {
+        if self.state == State::Online && !self.stable && now.since(self.since) >= STABLE_AFTER {
+            self.stable = true;
+            self.failures = 0;
+            self.rate_limits = 0;
+            return vec![Effect::ResetBackoff];
+        }
+        Vec::new()
+    }
+
+    fn tick(&mut self, now: Timestamp) -> Vec<Effect> {
+        match self.state {
+            State::Offline { retry_at: due } | State::Parked { until: due } if now >= due => {
+                self.enter(State::AwaitingGate, now);
+                vec![Effect::AskGate]
+            }
+            State::Unlinked
+            | State::Linking
+            | State::Offline { .. }
+            | State::AwaitingGate
+            | State::Connecting
+            | State::Online
+            | State::Parked { .. }
+            | State::Replaced
+            | State::LoggedOut
+            | State::Stopped
+            | State::Quarantined => Vec::new(),
+        }
+    }
+
+    fn closed(&mut self, reason: &CloseReason, backoff: Duration, now: Timestamp) -> Vec<Effect> {
+        let pairing = self.state == State::Linking && !self.linked;
+        let verdict = self.verdict(reason, backoff, now);
+        reason.code().clone_into(&mut self.reason);
+        if let CloseReason::PairingRefused { code } = reason {
+            self.reason.clone_from(code);
+        }
+        self.stable = false;
+        let state = match (self.desired, verdict) {
+            (_, State::LoggedOut) => {
+                self.linked = false;
+                State::LoggedOut
+            }
+            (Desired::Stopped, _) => State::Stopped,
+            // A failed attempt to link is for the person at the screen to repeat.
+            (Desired::Running, _) if pairing => State::Unlinked,
+            (Desired::Running, other) => other,
+        };
+        self.enter(state, now);
+        self.tick(now)
+    }
+
+    /// The verdict for each reason; sources: whatsmeow's and whatsapp-rust's handling of the same codes.
+    fn verdict(&mut self, reason: &CloseReason, backoff: Duration, now: Timestamp) -> State {
+        self.failures = self.failures.saturating_add(1);
+        let back_off = State::Offline { retry_at: now.after(backoff) };
+        let suspicious = self.failures >= SUSPICIOUS_FAILURES;
+        match reason {
+            CloseReason::Recycled => {
+                let again = self.last_immediate.is_some_and(|last| now.since(last) < IMMEDIATE_RECONNECT_EVERY);
+                if again {
+                    return back_off;
+                }
+                self.last_immediate = Some(now);
+                State::Offline { retry_at: now }
+            }
+            CloseReason::Requested
+            | CloseReason::ConnectionLost
+            | CloseReason::Unresponsive
+            | CloseReason::Unreachable
+            | CloseReason::HandshakeSilent
+            | CloseReason::ServerError { .. }
+            | CloseReason::StoreFailed
+            | CloseReason::Crashed => back_off,
+            CloseReason::HandshakeRefused | CloseReason::NotWellFormed | CloseReason::Refused { code: 0 | 400 } => {
+                if suspicious {
+                    State::Parked { until: now.after(REFUSED_PAUSE) }
+                } else {
+                    back_off
+                }
+            }
+            CloseReason::Refused { .. } => State::Parked { until: now.after(REFUSED_PAUSE) },
+            CloseReason::LoggedOut { .. } | CloseReason::Locked | CloseReason::Banned => State::LoggedOut,
+            CloseReason::TemporarilyBanned { until, .. } => {
+                State::Parked { until: until.unwrap_or(now.after(BAN_DEFAULT)).max(now) }
+            }
+            CloseReason::Replaced => State::Replaced,
+            CloseReason::ClientOutdated => State::Parked { until: now.after(OUTDATED_PAUSE) },
+            CloseReason::RateLimited => {
+                let doubled = RATE_LIMIT_PAUSE_MIN.saturating_mul(1 << self.rate_limits.min(10));
+                self.rate_limits = self.rate_limits.saturating_add(1);
+                State::Parked { until: now.after(doubled.min(RATE_LIMIT_PAUSE_MAX)) }
+            }
+            CloseReason::PairingEnded | CloseReason::PairingRefused { .. } => {
+                if self.linked {
+                    back_off
+                } else {
+                    State::Unlinked
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const NOW: Timestamp = Timestamp(1_000_000_000);
+    const BACKOFF: Duration = Duration::from_secs(7);
+
+    fn online() -> Life {
+        let mut life = Life::new(NOW);
+        life.linked = true;
+        life.enter(State::Online, NOW);
+        life
+    }
+
+    fn after(reason: CloseReason) -> State {
+        let mut life = online();
+        life.step(Input::Closed { reason, backoff: BACKOFF }, NOW);
+        life.state
+    }
+
+    #[test]
+    fn each_reason_has_its_verdict() {
+        let back_off = State::Offline { retry_at: NOW.after(BACKOFF) };
+        let parked = |pause: Duration| State::Parked { until: NOW.after(pause) };
+        let until = Timestamp(NOW.0 + 12_345);
+        let table = [
+            (CloseReason::Requested, back_off),
+            (CloseReason::Recycled, State::AwaitingGate),
+            (CloseReason::ConnectionLost, back_off),
+            (CloseReason::Unresponsive, back_off),
+            (CloseReason::Unreachable, back_off),
+            (CloseReason::HandshakeSilent, back_off),
+            (CloseReason::HandshakeRefused, back_off),
+            (CloseReason::LoggedOut { code: 401 }, State::LoggedOut),
+            (CloseReason::Locked, State::LoggedOut),
+            (CloseReason::Banned, State::LoggedOut),
+            (CloseReason::TemporarilyBanned { code: 101, until: Some(until) }, State::Parked { until }),
+            (CloseReason::TemporarilyBanned { code: 101, until: None }, parked(BAN_DEFAULT)),
+            (CloseReason::Replaced, State::Replaced),
+            (CloseReason::ClientOutdated, parked(OUTDATED_PAUSE)),
+            (CloseReason::RateLimited, parked(RATE_LIMIT_PAUSE_MIN)),
+            (CloseReason::ServerError { code: 503 }, back_off),
+            (CloseReason::Refused { code: 400 }, back_off),
+            (CloseReason::Refused { code: 415 }, parked(REFUSED_PAUSE)),
+            (CloseReason::NotWellFormed, back_off),
+            (CloseReason::StoreFailed, back_off),
+            (CloseReason::Crashed, back_off),
+        ];
+        for (reason, expected) in table {
+            assert_eq!(after(reason.clone()), expected, "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn a_second_recycle_within_a_minute_backs_off() {
+        let mut life = online();
+        let close = || Input::Closed { reason: CloseReason::Recycled, backoff: BACKOFF };
+        assert_eq!(life.step(close(), NOW), vec![Effect::AskGate]);
+        assert_eq!(life.step(Input::Granted, NOW), vec![Effect::Open(Purpose::Connect)]);
+        life.step(Input::Online, NOW);
+        assert_eq!(life.step(close(), NOW.after(Duration::from_secs(5))), Vec::new());
+        assert!(matches!(life.state, State::Offline { .. }));
+    }
+
+    #[test]
+    fn the_backoff_is_reset_by_a_minute_online_and_an_answer() {
+        let mut life = online();
+        assert_eq!(life.step(Input::Alive, NOW.after(Duration::from_secs(59))), Vec::new());
+        assert_eq!(life.step(Input::Alive, NOW.after(STABLE_AFTER)), vec![Effect::ResetBackoff]);
+        assert_eq!(life.step(Input::Alive, NOW.after(STABLE_AFTER * 2)), Vec::new());
+    }
+
+    #[test]
+    fn linking_that_fails_waits_for_a_person() {
+        let mut life = Life::new(NOW);
+        assert_eq!(life.step(Input::Pair, NOW), vec![Effect::AskGate]);
+        assert_eq!(life.step(Input::Granted, NOW), vec![Effect::Open(Purpose::Pair)]);
+        life.step(Input::Closed { reason: CloseReason::ConnectionLost, backoff: BACKOFF }, NOW);
+        assert_eq!(life.state, State::Unlinked);
+    }
+
+    fn inputs() -> impl Strategy<Value = Input> {
+        let reasons = vec![
+            CloseReason::Recycled,
+            CloseReason::ConnectionLost,
+            CloseReason::LoggedOut { code: 401 },
+            CloseReason::Replaced,
+            CloseReason::RateLimited,
+            CloseReason::TemporarilyBanned { code: 101, until: None },
+            CloseReason::Requested,
+            CloseReason::PairingEnded,
+        ];
+        let closed = proptest::sample::select(reasons)
+            .prop_map(|reason| Input::Closed { reason, backoff: Duration::from_secs(3) });
+        prop_oneof![
+            Just(Input::Start),
+            Just(Input::Stop),
+            Just(Input::Pair),
+            Just(Input::Granted),
+            Just(Input::Paired),
+            Just(Input::Online),
+            Just(Input::Alive),
+            Just(Input::Tick),
+            closed,
+        ]
+    }
+
+    proptest! {
+        /// Whatever comes in whatever order: parked and logged-out numbers never connect early, and a session is
+        /// opened only from a state that has none.
+        #[test]
+        fn nothing_connects_that_must_not(steps in proptest::collection::vec((inputs(), 0u64..400_000), 0..60)) {
+            let mut life = Life::new(NOW);
+            let mut now = NOW;
+            for (input, wait) in steps {
+                now = Timestamp(now.0 + wait);
+                let before = life.clone();
+                let effects = life.step(input.clone(), now);
+                let opens = effects.iter().any(|effect| matches!(effect, Effect::Open(_)));
+                let asks = effects.contains(&Effect::AskGate);
+                if let State::Parked { until } = before.state
+                    && now < until && input == Input::Tick
+                {
+                    prop_assert!(!asks && !opens);
+                }
+                if before.state == State::LoggedOut && input != Input::Pair {
+                    prop_assert!(!asks && !opens);
+                }
+                if opens {
+                    prop_assert!(matches!(before.state, State::AwaitingGate | State::Linking));
+                    prop_assert!(input == Input::Granted);
+                }
+                if life.desired == Desired::Stopped {
+                    prop_assert!(!asks && !opens);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_revived_life_never_claims_a_connection() {
+        for state in [State::Online, State::Connecting, State::AwaitingGate] {
+            let mut life = online();
+            life.state = state;
+            assert_eq!(life.revived(NOW).state, State::Offline { retry_at: NOW });
+        }
+        let mut parked = online();
+        parked.state = State::Parked { until: Timestamp(NOW.0 + 5) };
+        assert_eq!(parked.clone().revived(NOW).state, parked.state);
+    }
+}

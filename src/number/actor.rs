@@ -1,0 +1,431 @@
+//! The ractor callbacks of one number: message in, step, perform. Waits for nothing.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::environment::Environment;
+use super::handle::{Live, NumberHandle, Pairing};
+use super::message::{
+    Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, Waiter,
+};
+use crate::domain::change::IdempotencyRecord;
+use crate::domain::id::EventSeq;
+use crate::domain::lifecycle;
+use crate::domain::message::FailureCode;
+use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
+use crate::domain::time::Timestamp;
+use crate::session::contract::{SendError, SessionCommand};
+use crate::store::error::StoreError;
+use crate::store::number_store::NumberStore;
+use crate::telemetry::backoff::Backoff;
+use crate::telemetry::metrics;
+
+/// The actor. All its knowledge is in [`NumberState`].
+#[derive(Debug)]
+pub struct NumberActor;
+
+/// What a number is started with.
+#[derive(Debug)]
+pub struct Arguments {
+    /// Its handle, which outlives it.
+    pub handle: Arc<NumberHandle>,
+    /// The volume its records live in.
+    pub volume: u8,
+    /// What it acts with.
+    pub environment: Arc<Environment>,
+}
+
+/// The number's own store failed; the actor ends and its successor opens it again.
+#[derive(Debug, thiserror::Error)]
+#[error("the number's store failed: {0}")]
+pub struct StoreLost(#[from] pub StoreError);
+
+/// A task of the number panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("a task of the number panicked")]
+struct TaskPanicked;
+
+/// One running number.
+#[derive(Debug)]
+pub struct NumberState {
+    pub(super) handle: Arc<NumberHandle>,
+    pub(super) environment: Arc<Environment>,
+    pub(super) span: tracing::Span,
+    pub(super) loaded: Option<Loaded>,
+    pub(super) backoff: Backoff,
+    pub(super) turn: Option<GateTurn>,
+    pub(super) connection: Connection,
+    pub(super) next_connection: u64,
+    pub(super) waiters: HashMap<ReplyId, Waiter>,
+    pub(super) next_reply: u64,
+    pub(super) wake: Option<(Timestamp, AbortHandle)>,
+    /// Everything the number has running; dropped, and so ended, with it.
+    pub(super) tasks: JoinSet<()>,
+    pub(super) deliveries: JoinSet<()>,
+    pub(super) draining: bool,
+}
+
+/// What only exists once the records were read.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    pub(super) number: Number,
+    pub(super) store: NumberStore,
+}
+
+/// The number's connection, as far as the shell is concerned.
+#[derive(Debug)]
+pub(super) enum Connection {
+    None,
+    /// Waiting for the slot, or for the session to start.
+    Opening {
+        no: ConnectionNo,
+        close_wanted: bool,
+    },
+    Open {
+        no: ConnectionNo,
+        commands: mpsc::Sender<SessionCommand>,
+    },
+}
+
+impl Connection {
+    fn no(&self) -> Option<ConnectionNo> {
+        match self {
+            Self::None => None,
+            Self::Opening { no, .. } | Self::Open { no, .. } => Some(*no),
+        }
+    }
+}
+
+impl Actor for NumberActor {
+    type Msg = NumberMessage;
+    type State = NumberState;
+    type Arguments = Arguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<NumberMessage>,
+        arguments: Arguments,
+    ) -> Result<NumberState, ActorProcessingErr> {
+        let Arguments { handle, volume, environment } = arguments;
+        let span = tracing::info_span!("number", number = %handle.id());
+        handle.answered(environment.clock.monotonic());
+        let mut state = NumberState {
+            handle,
+            environment,
+            span,
+            loaded: None,
+            backoff: Backoff::connection(),
+            turn: None,
+            connection: Connection::None,
+            next_connection: 1,
+            waiters: HashMap::new(),
+            next_reply: 1,
+            wake: None,
+            tasks: JoinSet::new(),
+            deliveries: JoinSet::new(),
+            draining: false,
+        };
+        let (store, number) = (state.environment.store.clone(), state.handle.id());
+        state.tasks.spawn(async move {
+            let loaded = load(&store, number, volume).await;
+            let _ = myself.cast(Inner::Loaded(loaded).into());
+        });
+        Ok(state)
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<NumberMessage>,
+        message: NumberMessage,
+        state: &mut NumberState,
+    ) -> Result<(), ActorProcessingErr> {
+        let span = state.span.clone();
+        let _entered = span.enter();
+        state.reap()?;
+        match message {
+            NumberMessage::Internal(Internal(inner)) => state.on_internal(inner, &myself)?,
+            NumberMessage::Send { request, reply, permit } => {
+                if state.loaded.is_none() {
+                    let _ = reply.send(Err(SendRefused::NotReady));
+                } else {
+                    let id = state.wait(Waiter::Send(reply, permit));
+                    state.step(Input::Send(request, id), &myself);
+                }
+            }
+            NumberMessage::Control(control, reply) => {
+                state.on_control(control, &myself);
+                let _ = reply.send(());
+            }
+            NumberMessage::AddEndpoint(endpoint, reply) => {
+                let id = state.wait(Waiter::AddEndpoint(reply));
+                state.step(Input::AddEndpoint(endpoint, id), &myself);
+            }
+            NumberMessage::RemoveEndpoint(ordinal, reply) => {
+                let id = state.wait(Waiter::RemoveEndpoint(reply));
+                state.step(Input::RemoveEndpoint(ordinal, id), &myself);
+            }
+            NumberMessage::Ping => state.handle.answered(state.environment.clock.monotonic()),
+            NumberMessage::Drain => {
+                state.draining = true;
+                if state.loaded.is_none() {
+                    myself.stop(None);
+                }
+                state.step(Input::Drain, &myself);
+            }
+            #[cfg(feature = "sandbox")]
+            #[expect(clippy::panic, reason = "the point of this message")]
+            NumberMessage::Panic => panic!("ordered by a test"),
+        }
+        Ok(())
+    }
+
+    async fn post_stop(
+        &self,
+        _myself: ActorRef<NumberMessage>,
+        state: &mut NumberState,
+    ) -> Result<(), ActorProcessingErr> {
+        state.turn = None;
+        state.connection = Connection::None;
+        state.tasks.abort_all();
+        state.deliveries.abort_all();
+        Ok(())
+    }
+}
+
+async fn load(
+    store: &crate::store::layout::Store,
+    number: crate::domain::id::NumberId,
+    volume: u8,
+) -> Result<(NumberStore, Snapshot), StoreError> {
+    let store = store.claim(number, volume).await?;
+    let snapshot = store.load().await?;
+    Ok((store, snapshot))
+}
+
+impl NumberState {
+    fn reap(&mut self) -> Result<(), TaskPanicked> {
+        while let Some(ended) = self.tasks.try_join_next() {
+            if ended.is_err_and(|error| error.is_panic()) {
+                return Err(TaskPanicked);
+            }
+        }
+        while let Some(ended) = self.deliveries.try_join_next() {
+            if ended.is_err_and(|error| error.is_panic()) {
+                return Err(TaskPanicked);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn wait(&mut self, waiter: Waiter) -> ReplyId {
+        let id = ReplyId(self.next_reply);
+        self.next_reply += 1;
+        self.waiters.insert(id, waiter);
+        id
+    }
+
+    /// One step of the machine, and what follows from it.
+    pub(super) fn step(&mut self, input: Input, myself: &ActorRef<NumberMessage>) {
+        let now = self.environment.clock.now();
+        let Some(loaded) = &mut self.loaded else { return };
+        let effects = loaded.number.step(input, now);
+        self.perform(effects, myself);
+        self.publish(now);
+        self.schedule(now, myself);
+    }
+
+    fn on_internal(&mut self, inner: Inner, myself: &ActorRef<NumberMessage>) -> Result<(), ActorProcessingErr> {
+        match inner {
+            Inner::Loaded(loaded) => self.on_loaded(loaded, myself)?,
+            Inner::Stored(ticket, Ok(())) => self.step(Input::Stored(ticket, true), myself),
+            Inner::Stored(ticket, Err(StoreError::Conflict)) => self.step(Input::Stored(ticket, false), myself),
+            Inner::Stored(_, Err(error)) => return Err(StoreLost(error).into()),
+            Inner::Record(reply, body, record) => self.answer_from_record(reply, body, record?),
+            Inner::Granted(turn) => {
+                self.turn = Some(turn);
+                self.step(Input::Life(lifecycle::Input::Granted), myself);
+            }
+            Inner::Session(connection, event, credit) => {
+                if self.connection.no() == Some(connection) {
+                    self.on_session(connection, event, myself);
+                }
+                drop(credit);
+            }
+            Inner::Attempted(record, attempted) => self.step(Input::Attempted(record, attempted), myself),
+            Inner::PageLoaded(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows?), myself),
+            Inner::Wake => {
+                self.wake = None;
+                self.step(Input::Tick, myself);
+            }
+        }
+        Ok(())
+    }
+
+    fn on_loaded(
+        &mut self,
+        loaded: Result<(NumberStore, Snapshot), StoreError>,
+        myself: &ActorRef<NumberMessage>,
+    ) -> Result<(), StoreLost> {
+        let (store, snapshot) = loaded?;
+        let now = self.environment.clock.now();
+        let limits = self.environment.limits;
+        let durable_events = EventSeq(snapshot.counters.event);
+        let (number, effects) = Number::restore(self.handle.id(), snapshot, limits, now);
+        self.loaded = Some(Loaded { number, store: store.clone() });
+        self.handle.set_live(Some(Live { actor: myself.clone(), store }));
+        self.handle.events_visible(durable_events);
+        self.perform(effects, myself);
+        self.publish(now);
+        if self.draining {
+            self.step(Input::Drain, myself);
+        } else {
+            self.step(Input::Tick, myself);
+        }
+        Ok(())
+    }
+
+    fn answer_from_record(&mut self, reply: ReplyId, body: [u8; 32], record: Option<IdempotencyRecord>) {
+        let Some(Waiter::Send(answer, _permit)) = self.waiters.remove(&reply) else { return };
+        let outcome = match record {
+            Some(record) if record.body == body => {
+                Ok(Accepted { seq: record.seq, created_at: record.created_at, predicted_wait: None })
+            }
+            Some(_) => Err(SendRefused::RequestIdReused),
+            // It expired between the check and the look: the caller may ask again.
+            None => Err(SendRefused::NotReady),
+        };
+        let _ = answer.send(outcome);
+    }
+
+    fn on_control(&mut self, control: Control, myself: &ActorRef<NumberMessage>) {
+        match control {
+            Control::Start => self.step(Input::Life(lifecycle::Input::Start), myself),
+            Control::Stop => self.step(Input::Life(lifecycle::Input::Stop), myself),
+            Control::Pair => self.step(Input::Life(lifecycle::Input::Pair), myself),
+            Control::Logout => {
+                if let Connection::Open { commands, .. } = &self.connection {
+                    let _ = commands.try_send(SessionCommand::Logout);
+                }
+            }
+        }
+    }
+
+    fn on_session(&mut self, no: ConnectionNo, event: FromSession, myself: &ActorRef<NumberMessage>) {
+        let now = self.environment.clock.now();
+        self.handle.stats().touch(now);
+        match event {
+            FromSession::Opened(commands) => {
+                let close = matches!(self.connection, Connection::Opening { close_wanted: true, .. });
+                self.connection = Connection::Open { no, commands };
+                if close {
+                    self.close_connection(myself);
+                }
+            }
+            FromSession::QrCode { code, valid_for } => {
+                let expires_at = now.after(valid_for);
+                self.handle.change_view(|view| view.pairing = Pairing::QrCode { code, expires_at });
+            }
+            FromSession::Paired => {
+                self.handle.change_view(|view| view.pairing = Pairing::Paired);
+                self.step(Input::Life(lifecycle::Input::Paired), myself);
+            }
+            FromSession::Online => {
+                self.turn = None;
+                self.step(Input::Life(lifecycle::Input::Online), myself);
+            }
+            FromSession::Alive => self.step(Input::Life(lifecycle::Input::Alive), myself),
+            FromSession::Written => {}
+            FromSession::NotWritten { seq, error } => {
+                self.step(Input::NotWritten { seq, retry: retry_of(error) }, myself);
+            }
+            FromSession::Acked { whatsapp_id, error } => self.step(Input::Acked { whatsapp_id, error }, myself),
+            FromSession::Receipts { messages, status, at } => {
+                self.step(Input::Receipts { messages, status, at }, myself);
+            }
+            FromSession::Arrived { messages, durable } => {
+                let id = self.wait(Waiter::Inbound(durable));
+                self.step(Input::Arrived(messages, id), myself);
+            }
+            FromSession::Closed(reason) => {
+                metrics::connection_closed(reason.code());
+                self.handle.stats().reconnects.add(1);
+                self.turn = None;
+                self.connection = Connection::None;
+                let backoff = self.backoff.next_delay(&self.environment.random);
+                self.step(Input::Life(lifecycle::Input::Closed { reason, backoff }), myself);
+            }
+        }
+    }
+
+    /// Shows the machine's figures to everybody who reads without asking.
+    fn publish(&self, now: Timestamp) {
+        let Some(Loaded { number, .. }) = &self.loaded else { return };
+        let stats = self.handle.stats();
+        stats.outbox.set(number.outbox().len() as u64, number.outbox().oldest());
+        stats.webhooks.set(number.deliveries().depth(), number.deliveries().oldest());
+        stats.set_send_budget_remaining(u64::from(number.send_budget(now)));
+        let life = number.life();
+        stats.set_state(life.state.code(), life.state == lifecycle::State::Online);
+        stats.set_desired_up(life.desired == lifecycle::Desired::Running && life.linked);
+        let seen = self.handle.view();
+        let same = seen.state == life.state
+            && seen.since == life.since
+            && seen.reason == life.reason
+            && seen.desired == life.desired
+            && seen.linked == life.linked;
+        if same {
+            return;
+        }
+        self.handle.change_view(|view| {
+            if view.state == lifecycle::State::Linking && life.state != lifecycle::State::Linking {
+                view.pairing = if life.linked { Pairing::Idle } else { Pairing::Failed };
+            } else if life.state == lifecycle::State::Linking && view.state != lifecycle::State::Linking {
+                view.pairing = Pairing::Starting;
+            }
+            view.state = life.state;
+            view.since = life.since;
+            view.reason.clone_from(&life.reason);
+            view.desired = life.desired;
+            view.linked = life.linked;
+        });
+    }
+
+    /// Keeps one timer for the earliest thing that becomes due. A timer that is too early only costs a step.
+    fn schedule(&mut self, now: Timestamp, myself: &ActorRef<NumberMessage>) {
+        let Some(due) = self.loaded.as_ref().and_then(|loaded| loaded.number.next_wake()) else { return };
+        if let Some((set, timer)) = &self.wake {
+            if *set <= due {
+                return;
+            }
+            timer.abort();
+        }
+        let actor = myself.clone();
+        let pause = due.since(now).max(Duration::from_millis(1));
+        let timer = self.tasks.spawn(async move {
+            tokio::time::sleep(pause).await;
+            let _ = actor.cast(Inner::Wake.into());
+        });
+        self.wake = Some((due, timer));
+    }
+
+    pub(super) fn perform(&mut self, effects: Vec<Effect>, myself: &ActorRef<NumberMessage>) {
+        for effect in effects {
+            self.perform_one(effect, myself);
+        }
+    }
+}
+
+fn retry_of(error: SendError) -> Retry {
+    match error {
+        SendError::Offline | SendError::StoreFailed => Retry::WhenOnline,
+        SendError::TimedOut => Retry::Unknown,
+        SendError::NoSuchRecipient => Retry::Never(FailureCode::WhatsappNotExist),
+        SendError::Invalid => Retry::Never(FailureCode::RejectedByWhatsapp),
+        SendError::Other => Retry::Later,
+    }
+}

@@ -1,0 +1,45 @@
+//! What every number is given to act with.
+
+use std::sync::Arc;
+
+use super::message::GateTurn;
+use crate::domain::gate::Priority;
+use crate::domain::id::NumberId;
+use crate::domain::limiter::Limits;
+use crate::session::opener::Opener;
+use crate::store::layout::Store;
+use crate::telemetry::clock::Clock;
+use crate::telemetry::rng::Random;
+use crate::webhook::client::WebhookClient;
+
+/// Shared by all numbers of the process.
+pub struct Environment {
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Randomness.
+    pub random: Arc<Random>,
+    /// The disk.
+    pub store: Arc<Store>,
+    /// Sessions.
+    pub opener: Arc<dyn Opener>,
+    /// Turns to connect.
+    pub gate: Arc<dyn Turnstile>,
+    /// Webhook deliveries.
+    pub webhooks: WebhookClient,
+    /// What a number may send.
+    pub limits: Limits,
+}
+
+impl std::fmt::Debug for Environment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Environment")
+    }
+}
+
+/// Gives turns to connect.
+pub trait Turnstile: Send + Sync {
+    /// Queues the number; `granted` is called once with its turn, unless it leaves first.
+    fn ask(&self, number: NumberId, priority: Priority, granted: Box<dyn FnOnce(GateTurn) + Send>);
+    /// Leaves the queue, or gives the turn back.
+    fn leave(&self, number: NumberId);
+}

@@ -1,0 +1,340 @@
+//! The way to a number for everybody else. It outlives the actor's restarts, admits before the mailbox (which has
+//! no limit of its own) and answers every read without asking the actor.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use ractor::ActorRef;
+use sha2::{Digest, Sha256};
+use tokio::sync::{Semaphore, oneshot, watch};
+
+use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused};
+use crate::domain::delivery::Endpoint;
+use crate::domain::id::{EventSeq, NumberId, TenantId};
+use crate::domain::lifecycle::{Desired, State};
+use crate::domain::message::Content;
+use crate::domain::number::SendRequest;
+use crate::domain::phone::{Contact, Phone};
+use crate::domain::time::Timestamp;
+use crate::store::number_store::NumberStore;
+use crate::telemetry::number_stats::{NumberStats, labels};
+use crate::telemetry::rng::Random;
+
+/// Calls under way at once per number; more are refused before they reach the mailbox.
+pub const CALLS_MAX: usize = 64;
+
+/// How long a call waits for a number that starts or restarts.
+const START_PATIENCE: Duration = Duration::from_secs(3);
+
+/// What anybody may see of a number's life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NumberView {
+    /// Where it stands.
+    pub state: State,
+    /// Since when.
+    pub since: Timestamp,
+    /// Why: a stable code, or empty.
+    pub reason: String,
+    /// What the operator wants.
+    pub desired: Desired,
+    /// Whether credentials are stored.
+    pub linked: bool,
+    /// Where linking stands, while somebody is at it.
+    pub pairing: Pairing,
+}
+
+/// Where linking stands.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Pairing {
+    /// Nobody is linking.
+    Idle,
+    /// Waiting for the first code.
+    Starting,
+    /// Show this code.
+    QrCode {
+        /// The text to encode.
+        code: String,
+        /// When the next one replaces it.
+        expires_at: Timestamp,
+    },
+    /// The phone accepted; logging in.
+    Paired,
+    /// It came to nothing; the view's reason says why.
+    Failed,
+}
+
+impl std::fmt::Debug for Pairing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Idle => "Idle",
+            Self::Starting => "Starting",
+            Self::QrCode { .. } => "QrCode(…)",
+            Self::Paired => "Paired",
+            Self::Failed => "Failed",
+        })
+    }
+}
+
+/// The running incarnation.
+#[derive(Debug)]
+pub struct Live {
+    pub(crate) actor: ActorRef<NumberMessage>,
+    pub(crate) store: NumberStore,
+}
+
+/// What a caller wants to send.
+#[derive(Debug, Clone)]
+pub struct SendCommand {
+    /// The recipient.
+    pub to: Contact,
+    /// What to say.
+    pub content: Content,
+    /// The caller's own reference.
+    pub correlation_id: Option<String>,
+    /// The caller's request id, unique within `scope`.
+    pub request_id: Option<String>,
+    /// Separates the request ids of different keys.
+    pub scope: String,
+}
+
+/// The handle of one number.
+#[derive(Debug)]
+pub struct NumberHandle {
+    id: NumberId,
+    tenant: TenantId,
+    phone: Phone,
+    labels: Box<str>,
+    stats: NumberStats,
+    view: watch::Sender<NumberView>,
+    events: watch::Sender<EventSeq>,
+    live: watch::Sender<Option<Arc<Live>>>,
+    calls: Arc<Semaphore>,
+    slot: Arc<Semaphore>,
+    answered_at_millis: AtomicU64,
+}
+
+impl NumberHandle {
+    /// A handle without an actor yet.
+    #[must_use]
+    pub fn new(id: NumberId, tenant: TenantId, phone: Phone, now: Timestamp) -> Self {
+        let view = NumberView {
+            state: State::Unlinked,
+            since: now,
+            reason: String::new(),
+            desired: Desired::Running,
+            linked: false,
+            pairing: Pairing::Idle,
+        };
+        Self {
+            id,
+            tenant,
+            phone,
+            labels: labels(id, tenant),
+            stats: NumberStats::default(),
+            view: watch::Sender::new(view),
+            events: watch::Sender::new(EventSeq(0)),
+            live: watch::Sender::new(None),
+            calls: Arc::new(Semaphore::new(CALLS_MAX)),
+            slot: Arc::new(Semaphore::new(1)),
+            answered_at_millis: AtomicU64::new(0),
+        }
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> NumberId {
+        self.id
+    }
+
+    /// Its owner.
+    #[must_use]
+    pub fn tenant(&self) -> TenantId {
+        self.tenant
+    }
+
+    /// Its phone number.
+    #[must_use]
+    pub fn phone(&self) -> &Phone {
+        &self.phone
+    }
+
+    /// Its labels, ready for the collector.
+    #[must_use]
+    pub fn labels(&self) -> &str {
+        &self.labels
+    }
+
+    /// Its figures.
+    #[must_use]
+    pub fn stats(&self) -> &NumberStats {
+        &self.stats
+    }
+
+    /// What can be seen of it now.
+    #[must_use]
+    pub fn view(&self) -> NumberView {
+        self.view.borrow().clone()
+    }
+
+    /// Follows what can be seen of it.
+    #[must_use]
+    pub fn watch_view(&self) -> watch::Receiver<NumberView> {
+        self.view.subscribe()
+    }
+
+    /// Follows the last durable event.
+    #[must_use]
+    pub fn watch_events(&self) -> watch::Receiver<EventSeq> {
+        self.events.subscribe()
+    }
+
+    /// Its records, for reading; none while it starts.
+    #[must_use]
+    pub fn store(&self) -> Option<NumberStore> {
+        self.live.borrow().as_ref().map(|live| live.store.clone())
+    }
+
+    /// The one slot a socket of this number needs.
+    #[must_use]
+    pub(crate) fn slot(&self) -> &Arc<Semaphore> {
+        &self.slot
+    }
+
+    pub(crate) fn change_view(&self, change: impl FnOnce(&mut NumberView)) {
+        self.view.send_modify(change);
+    }
+
+    pub(crate) fn events_visible(&self, seq: EventSeq) {
+        self.events.send_if_modified(|last| {
+            let newer = seq > *last;
+            *last = seq.max(*last);
+            newer
+        });
+    }
+
+    /// The actor is there (`Some`) or gone.
+    pub(crate) fn set_live(&self, live: Option<Live>) {
+        self.live.send_replace(live.map(Arc::new));
+    }
+
+    pub(crate) fn answered(&self, monotonic: Duration) {
+        self.answered_at_millis.store(u64::try_from(monotonic.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// When the actor last answered the watchdog, on the monotonic clock.
+    #[must_use]
+    pub fn answered_at(&self) -> Duration {
+        Duration::from_millis(self.answered_at_millis.load(Ordering::Relaxed))
+    }
+
+    /// The running incarnation; while it starts or restarts, waits for it a little.
+    async fn live(&self) -> Option<Arc<Live>> {
+        let mut incarnations = self.live.subscribe();
+        if let Some(live) = incarnations.borrow_and_update().clone() {
+            return Some(live);
+        }
+        if self.view.borrow().state == State::Quarantined {
+            return None;
+        }
+        let started = incarnations.wait_for(Option::is_some);
+        let found = tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone();
+        found
+    }
+
+    /// Accepts a send: durable when this returns `Ok`. Cancelling the call does not undo it.
+    ///
+    /// # Errors
+    /// See [`SendRefused`]; nothing was kept then, except possibly after `NotReady`: the number went down during
+    /// the call. Asking again with the same request id is always safe.
+    pub async fn send(&self, command: SendCommand, random: &Random) -> Result<Accepted, SendRefused> {
+        let permit = self.calls.clone().try_acquire_owned().map_err(|_| SendRefused::Busy)?;
+        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let chat = live.store.chat_of(&command.to).await.map_err(|_| SendRefused::NotReady)?;
+        let idempotency = command.request_id.as_ref().map(|request_id| {
+            let key = live.store.idempotency_key(&command.scope, request_id);
+            (key, body_digest(&command))
+        });
+        let request = SendRequest {
+            to: command.to,
+            chat,
+            content: command.content,
+            whatsapp_id: new_whatsapp_id(random),
+            correlation_id: command.correlation_id,
+            idempotency,
+        };
+        let (reply, answer) = oneshot::channel();
+        let message = NumberMessage::Send { request: Box::new(request), reply, permit };
+        live.actor.cast(message).map_err(|_| SendRefused::NotReady)?;
+        answer.await.unwrap_or(Err(SendRefused::NotReady))
+    }
+
+    /// Gives an order. Its outcome shows in the view.
+    ///
+    /// # Errors
+    /// `NotReady` while the number starts.
+    pub async fn control(&self, control: Control) -> Result<(), SendRefused> {
+        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let (reply, answer) = oneshot::channel();
+        live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| SendRefused::NotReady)?;
+        answer.await.map_err(|_| SendRefused::NotReady)
+    }
+
+    /// Adds a webhook endpoint; its ordinal is chosen here.
+    ///
+    /// # Errors
+    /// See [`EndpointRefused`].
+    pub async fn add_endpoint(&self, endpoint: Endpoint) -> Result<Endpoint, EndpointRefused> {
+        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
+        let (reply, answer) = oneshot::channel();
+        let message = NumberMessage::AddEndpoint(Box::new(endpoint), reply);
+        live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
+        answer.await.unwrap_or(Err(EndpointRefused::NotReady))
+    }
+
+    /// Removes a webhook endpoint and what is queued for it.
+    ///
+    /// # Errors
+    /// See [`EndpointRefused`].
+    pub async fn remove_endpoint(&self, ordinal: u32) -> Result<(), EndpointRefused> {
+        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
+        let (reply, answer) = oneshot::channel();
+        let message = NumberMessage::RemoveEndpoint(ordinal, reply);
+        live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
+        answer.await.unwrap_or(Err(EndpointRefused::NotReady))
+    }
+
+    /// Makes the actor panic: for tests of the supervisor.
+    #[cfg(feature = "sandbox")]
+    pub fn make_panic(&self) {
+        if let Some(live) = self.live.borrow().clone() {
+            let _ = live.actor.cast(NumberMessage::Panic);
+        }
+    }
+}
+
+/// `3EB0` and 18 hex digits, the shape of ids that WhatsApp Web clients make.
+fn new_whatsapp_id(random: &Random) -> String {
+    let bytes: [u8; 9] = random.bytes();
+    let mut id = String::with_capacity(22);
+    id.push_str("3EB0");
+    for byte in bytes {
+        id.push_str(&format!("{byte:02X}"));
+    }
+    id
+}
+
+fn body_digest(command: &SendCommand) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    let mut part = |bytes: &[u8]| {
+        hasher.update((bytes.len() as u64).to_be_bytes());
+        hasher.update(bytes);
+    };
+    for address in command.to.addresses() {
+        part(address.as_bytes());
+    }
+    part(command.content.kind().as_bytes());
+    part(command.content.text().as_bytes());
+    part(command.correlation_id.as_deref().unwrap_or_default().as_bytes());
+    hasher.finalize().into()
+}

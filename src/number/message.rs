@@ -1,0 +1,171 @@
+//! The mailbox of a number. Everything that took time comes back as one of these.
+
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use crate::domain::change::{AttemptRecord, IdempotencyRecord};
+use crate::domain::close::CloseReason;
+use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
+use crate::domain::id::MessageSeq;
+use crate::domain::message::MessageStatus;
+use crate::domain::number::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
+use crate::domain::time::Timestamp;
+use crate::session::contract::{SendError, SessionCommand};
+use crate::store::error::StoreError;
+use crate::store::number_store::NumberStore;
+
+/// Counts the connections of one actor; what an older one still says is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ConnectionNo(pub u64);
+
+/// A turn to connect; dropping it lets the next one go.
+pub struct GateTurn(pub Option<Box<dyn FnOnce() + Send>>);
+
+impl Drop for GateTurn {
+    fn drop(&mut self) {
+        if let Some(give_back) = self.0.take() {
+            give_back();
+        }
+    }
+}
+
+impl std::fmt::Debug for GateTurn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("GateTurn")
+    }
+}
+
+/// A durable acceptance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Accepted {
+    /// The history row.
+    pub seq: MessageSeq,
+    /// When it was accepted; the first time, if the request was a repeat.
+    pub created_at: Timestamp,
+    /// How long it will probably wait; unknown while the number is not online.
+    pub predicted_wait: Option<Duration>,
+}
+
+/// Why a send was not accepted. Nothing of it is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SendRefused {
+    /// The number is starting, restarting or quarantined.
+    #[error("the number is not served at this moment")]
+    NotReady,
+    /// Too many calls at once for this number.
+    #[error("too many calls at once for this number")]
+    Busy,
+    /// Too many unsettled sends.
+    #[error("the number's queue is full")]
+    QueueFull,
+    /// The daemon is going down.
+    #[error("the daemon is draining")]
+    Draining,
+    /// The request id was used for something else.
+    #[error("the request id was used before for another request")]
+    RequestIdReused,
+}
+
+/// Why a change of endpoints was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EndpointRefused {
+    /// The number is starting, restarting or quarantined.
+    #[error("the number is not served at this moment")]
+    NotReady,
+    /// No such endpoint.
+    #[error("no such webhook")]
+    NotFound,
+    /// The number has as many as it may.
+    #[error("the number has as many webhooks as it may")]
+    TooMany,
+}
+
+/// What an operator can order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Connect whenever possible.
+    Start,
+    /// Disconnect and stay down.
+    Stop,
+    /// Show QR codes, if it is not linked.
+    Pair,
+    /// Unlink the device at WhatsApp.
+    Logout,
+}
+
+/// Whoever waits for an answer of the machine.
+#[derive(Debug)]
+pub(super) enum Waiter {
+    Send(oneshot::Sender<Result<Accepted, SendRefused>>, OwnedSemaphorePermit),
+    AddEndpoint(oneshot::Sender<Result<Endpoint, EndpointRefused>>),
+    RemoveEndpoint(oneshot::Sender<Result<(), EndpointRefused>>),
+    Inbound(oneshot::Sender<()>),
+}
+
+/// An event of the session, resolved against the disk.
+#[derive(Debug)]
+pub(super) enum FromSession {
+    Opened(mpsc::Sender<SessionCommand>),
+    QrCode { code: String, valid_for: Duration },
+    Paired,
+    Online,
+    Alive,
+    Written,
+    NotWritten { seq: MessageSeq, error: SendError },
+    Acked { whatsapp_id: String, error: Option<u16> },
+    Receipts { messages: Vec<Receipted>, status: MessageStatus, at: Timestamp },
+    Arrived { messages: Vec<Arrived>, durable: oneshot::Sender<()> },
+    Closed(CloseReason),
+}
+
+/// The mailbox.
+#[derive(Debug)]
+pub enum NumberMessage {
+    #[doc(hidden)]
+    Internal(Internal),
+    /// Accept a send; answered when durable.
+    Send {
+        /// What.
+        request: Box<SendRequest>,
+        /// To whom.
+        reply: oneshot::Sender<Result<Accepted, SendRefused>>,
+        /// Admission, given back with the answer.
+        permit: OwnedSemaphorePermit,
+    },
+    /// An order; answered when taken.
+    Control(Control, oneshot::Sender<()>),
+    /// Add a webhook endpoint.
+    AddEndpoint(Box<Endpoint>, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
+    /// Remove one.
+    RemoveEndpoint(u32, oneshot::Sender<Result<(), EndpointRefused>>),
+    /// The watchdog asks for a sign of life.
+    Ping,
+    /// Finish what waits for an answer, close politely, end.
+    Drain,
+    /// Panic in the handler: for tests of the supervisor.
+    #[cfg(feature = "sandbox")]
+    Panic,
+}
+
+/// What the number's own tasks say.
+#[derive(Debug)]
+pub struct Internal(pub(super) Inner);
+
+#[derive(Debug)]
+pub(super) enum Inner {
+    Loaded(Result<(NumberStore, Snapshot), StoreError>),
+    Stored(Ticket, Result<(), StoreError>),
+    Record(ReplyId, [u8; 32], Result<Option<IdempotencyRecord>, StoreError>),
+    Granted(GateTurn),
+    Session(ConnectionNo, FromSession, Option<OwnedSemaphorePermit>),
+    Attempted(AttemptRecord, Attempted),
+    PageLoaded(u32, Result<Vec<DeliveryRow>, StoreError>),
+    Wake,
+}
+
+impl From<Inner> for NumberMessage {
+    fn from(inner: Inner) -> Self {
+        Self::Internal(Internal(inner))
+    }
+}

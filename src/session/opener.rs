@@ -1,0 +1,40 @@
+//! How the actor of a number gets a session without knowing which protocol it will speak.
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+
+use super::contract::{SessionEvent, SessionHandle};
+use crate::domain::phone::Phone;
+use crate::store::number_store::NumberStore;
+
+/// What the session is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OpenPurpose {
+    /// Link a new device; any phone but the expected one is refused.
+    Pair {
+        /// The number that must scan.
+        expected: Phone,
+    },
+    /// Log in with the stored device.
+    Connect,
+}
+
+/// Everything a session needs.
+#[derive(Debug)]
+pub struct OpenRequest {
+    /// The number's records; the session keeps its keys there.
+    pub store: NumberStore,
+    /// What for.
+    pub purpose: OpenPurpose,
+    /// The number's only slot, held until the socket is really gone.
+    pub slot: OwnedSemaphorePermit,
+    /// Where events go.
+    pub events: mpsc::Sender<SessionEvent>,
+    /// The number's span, for the logs.
+    pub span: tracing::Span,
+}
+
+/// Opens sessions of one kind.
+pub trait Opener: Send + Sync {
+    /// Starts a session and returns at once. It ends with exactly one `Closed`.
+    fn open(&self, request: OpenRequest) -> SessionHandle;
+}

@@ -1,0 +1,315 @@
+//! How each record of a number is written and found again. Values are JSON behind the store's form byte: they
+//! name their fields, so a later version reads an older one's.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::error::StoreError;
+use super::key::Tag;
+use super::number_store::{NumberStore, Order, SCAN_ROWS_MAX};
+use super::unit::{Check, Durability, Unit};
+use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey, IdempotencyRecord, SeenKey};
+use crate::domain::delivery::{DeliveryRow, Endpoint};
+use crate::domain::event::Event;
+use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
+use crate::domain::message::{Direction, MessageRecord, Progress};
+use crate::domain::number::{Commit, Snapshot};
+use crate::domain::phone::Contact;
+
+fn encode(record: &impl Serialize) -> Vec<u8> {
+    // Records are plain data with string keys: serialising them cannot fail.
+    serde_json::to_vec(record).unwrap_or_default()
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(bytes).map_err(|error| StoreError::Corrupt(error.to_string()))
+}
+
+fn word(bytes: &[u8]) -> Result<u64, StoreError> {
+    bytes.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Corrupt("sequence".to_owned()))
+}
+
+fn pair_key(first: u32, second: u64) -> Vec<u8> {
+    let mut key = first.to_be_bytes().to_vec();
+    key.extend_from_slice(&second.to_be_bytes());
+    key
+}
+
+fn seen_name(key: &SeenKey) -> Vec<u8> {
+    let mut name = key.chat.0.to_be_bytes().to_vec();
+    name.push(key.direction as u8);
+    name.extend_from_slice(&key.digest);
+    name.extend_from_slice(key.whatsapp_id.as_bytes());
+    name
+}
+
+impl NumberStore {
+    /// The unit that writes a commit of the domain.
+    #[must_use]
+    pub fn unit_of(&self, commit: Commit) -> Unit {
+        let mut unit = if commit.durable { Unit::durable() } else { Unit::rides_along() };
+        debug_assert!(commit.durable == (unit.durability == Durability::Durable));
+        if let Some(key) = commit.unless_known {
+            unit.checks.push(Check::Absent { tag: Tag::Idempotency, rest: key.0.to_vec() });
+        }
+        for change in commit.changes {
+            self.write(change, &mut unit);
+        }
+        unit
+    }
+
+    fn write(&self, change: Change, unit: &mut Unit) {
+        match change {
+            Change::Message(record) => self.write_message(&record, unit),
+            Change::Progress(seq, progress) => {
+                unit.put(Tag::Progress, seq.0.to_be_bytes(), encode(&progress));
+            }
+            Change::Outbox(row) => {
+                unit.put(Tag::Outbox, row.seq.0.to_be_bytes(), encode(&row));
+            }
+            Change::OutboxGone(seq) => {
+                unit.delete(Tag::Outbox, seq.0.to_be_bytes());
+            }
+            Change::Idempotency(key, record) => {
+                let mut expiry = record.expires_at.0.to_be_bytes().to_vec();
+                expiry.extend_from_slice(&key.0);
+                unit.put(Tag::Idempotency, key.0, encode(&record)).put(Tag::IdempotencyExpiry, expiry, []);
+            }
+            Change::Chat(chat, contact) => {
+                for address in contact.addresses() {
+                    unit.put(Tag::ChatAlias, self.hashed("chat", address.as_bytes()), chat.0.to_be_bytes());
+                }
+                unit.put(Tag::Chat, chat.0.to_be_bytes(), encode(&contact));
+            }
+            Change::Seen(key, seq) => {
+                unit.put(Tag::Seen, self.hashed("seen", &seen_name(&key)), seq.0.to_be_bytes());
+            }
+            Change::Event(event) => {
+                unit.put(Tag::Event, event.id.seq.0.to_be_bytes(), encode(&event));
+            }
+            Change::Delivery(endpoint, row) => {
+                unit.put(Tag::Delivery, pair_key(endpoint, row.event.0), encode(&row));
+            }
+            Change::DeliveryGone(endpoint, event) => {
+                unit.delete(Tag::Delivery, pair_key(endpoint, event.0));
+            }
+            Change::DeadLetter(endpoint, row) => {
+                unit.put(Tag::DeadLetter, pair_key(endpoint, row.event.0), encode(&row));
+            }
+            Change::Attempt(record) => {
+                let mut key = pair_key(record.endpoint, record.at.0);
+                key.extend_from_slice(&record.event.0.to_be_bytes());
+                unit.put(Tag::Attempt, key, encode(&record));
+            }
+            Change::Endpoint(endpoint) => {
+                unit.put(Tag::Endpoint, endpoint.ordinal.to_be_bytes(), encode(&endpoint));
+            }
+            // Rows still queued for it are orphans that the next load sweeps away.
+            Change::EndpointGone(ordinal) => {
+                unit.delete(Tag::Endpoint, ordinal.to_be_bytes());
+            }
+            Change::Counters(counters) => {
+                unit.put(Tag::Counters, [], encode(&counters));
+            }
+            Change::Life(life) => {
+                unit.put(Tag::Life, [], encode(&life));
+            }
+        }
+    }
+
+    fn write_message(&self, record: &MessageRecord, unit: &mut Unit) {
+        let seq = record.seq.0.to_be_bytes();
+        unit.put(Tag::Message, seq, encode(record));
+        unit.put(Tag::ChatMessage, pair_key(record.chat.0, record.seq.0), []);
+        if record.direction == Direction::Outbound {
+            unit.put(Tag::WhatsappId, self.hashed("out", record.whatsapp_id.as_bytes()), seq);
+        }
+    }
+
+    /// Everything the number's machine is rebuilt from.
+    ///
+    /// # Errors
+    /// When a record cannot be read.
+    pub async fn load(&self) -> Result<Snapshot, StoreError> {
+        let life = self.get(Tag::Life, &[]).await?.map(|bytes| decode(&bytes)).transpose()?;
+        let counters = self.get(Tag::Counters, &[]).await?;
+        let counters: Counters = counters.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
+        let outbox = self.scan_all(Tag::Outbox, &[]).await?;
+        let outbox = outbox.iter().map(|(_, value)| decode(value)).collect::<Result<_, _>>()?;
+        let mut endpoints = Vec::new();
+        for (_, value) in self.scan_all(Tag::Endpoint, &[]).await? {
+            let endpoint: Endpoint = decode(&value)?;
+            let queued = self.scan_all(Tag::Delivery, &endpoint.ordinal.to_be_bytes()).await?.len();
+            endpoints.push((endpoint, queued as u64));
+        }
+        Ok(Snapshot { life, counters, outbox, endpoints })
+    }
+
+    async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+        let mut all = Vec::new();
+        let mut from: Option<Vec<u8>> = None;
+        loop {
+            let page = self.scan(tag, prefix, from.as_deref(), Order::Ascending, SCAN_ROWS_MAX).await?;
+            let complete = page.len() < SCAN_ROWS_MAX;
+            from = page.last().map(|(key, _)| key.clone());
+            all.extend(page);
+            if complete {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// The chat of a contact, by whichever address is known.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn chat_of(&self, contact: &Contact) -> Result<Option<ChatNo>, StoreError> {
+        for address in contact.addresses() {
+            if let Some(bytes) = self.get(Tag::ChatAlias, &self.hashed("chat", address.as_bytes())).await? {
+                let no = bytes.as_slice().try_into().map_err(|_| StoreError::Corrupt("chat".to_owned()))?;
+                return Ok(Some(ChatNo(u32::from_be_bytes(no))));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The addresses of a chat.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn contact(&self, chat: ChatNo) -> Result<Option<Contact>, StoreError> {
+        self.get(Tag::Chat, &chat.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    /// Whether an inbound message was taken in before.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn has_seen(&self, key: &SeenKey) -> Result<bool, StoreError> {
+        Ok(self.get(Tag::Seen, &self.hashed("seen", &seen_name(key))).await?.is_some())
+    }
+
+    /// The outbound message with this WhatsApp id.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn outbound_with(&self, whatsapp_id: &str) -> Result<Option<MessageRecord>, StoreError> {
+        let Some(seq) = self.get(Tag::WhatsappId, &self.hashed("out", whatsapp_id.as_bytes())).await? else {
+            return Ok(None);
+        };
+        self.message(MessageSeq(word(&seq)?)).await
+    }
+
+    /// One history row.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn message(&self, seq: MessageSeq) -> Result<Option<MessageRecord>, StoreError> {
+        self.get(Tag::Message, &seq.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    /// The delivery progress of an outbound message.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn progress(&self, seq: MessageSeq) -> Result<Progress, StoreError> {
+        let stored = self.get(Tag::Progress, &seq.0.to_be_bytes()).await?;
+        Ok(stored.map(|bytes| decode(&bytes)).transpose()?.unwrap_or(Progress::QUEUED))
+    }
+
+    /// History rows, newest first, before `before`; of one chat or of all.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn messages(
+        &self,
+        chat: Option<ChatNo>,
+        before: Option<MessageSeq>,
+        limit: usize,
+    ) -> Result<Vec<MessageRecord>, StoreError> {
+        let Some(chat) = chat else {
+            let from = before.map(|seq| seq.0.to_be_bytes());
+            let from = from.as_ref().map(|bytes| bytes.as_slice());
+            let rows = self.scan(Tag::Message, &[], from, Order::Descending, limit).await?;
+            return rows.iter().map(|(_, value)| decode(value)).collect();
+        };
+        let from = before.map(|seq| pair_key(chat.0, seq.0));
+        let index =
+            self.scan(Tag::ChatMessage, &chat.0.to_be_bytes(), from.as_deref(), Order::Descending, limit).await?;
+        let mut messages = Vec::with_capacity(index.len());
+        for (key, _) in index {
+            if let Some(message) = self.message(MessageSeq(word(&key[4..])?)).await? {
+                messages.push(message);
+            }
+        }
+        Ok(messages)
+    }
+
+    /// The name a request id has in the store. `scope` separates callers.
+    #[must_use]
+    pub fn idempotency_key(&self, scope: &str, request_id: &str) -> IdempotencyKey {
+        let mut name = scope.as_bytes().to_vec();
+        name.push(0);
+        name.extend_from_slice(request_id.as_bytes());
+        IdempotencyKey(self.hashed("request", &name))
+    }
+
+    /// The answer a request id got.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn idempotency(&self, key: IdempotencyKey) -> Result<Option<IdempotencyRecord>, StoreError> {
+        self.get(Tag::Idempotency, &key.0).await?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    /// Events after `after`, in order.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn events(&self, after: EventSeq, limit: usize) -> Result<Vec<Event>, StoreError> {
+        let from = after.0.to_be_bytes();
+        let rows = self.scan(Tag::Event, &[], Some(&from), Order::Ascending, limit).await?;
+        rows.iter().map(|(_, value)| decode(value)).collect()
+    }
+
+    /// One event.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn event(&self, seq: EventSeq) -> Result<Option<Event>, StoreError> {
+        self.get(Tag::Event, &seq.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    /// Rows of an endpoint's queue after an event, in order.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn deliveries(
+        &self,
+        endpoint: u32,
+        after: EventSeq,
+        limit: usize,
+    ) -> Result<Vec<DeliveryRow>, StoreError> {
+        let from = pair_key(endpoint, after.0);
+        let rows = self.scan(Tag::Delivery, &endpoint.to_be_bytes(), Some(&from), Order::Ascending, limit).await?;
+        rows.iter().map(|(_, value)| decode(value)).collect()
+    }
+
+    /// The endpoints of the number.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn endpoints(&self) -> Result<Vec<Endpoint>, StoreError> {
+        let rows = self.scan_all(Tag::Endpoint, &[]).await?;
+        rows.iter().map(|(_, value)| decode(value)).collect()
+    }
+
+    /// The last webhook attempts of an endpoint, newest first.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn attempts(&self, endpoint: u32, limit: usize) -> Result<Vec<AttemptRecord>, StoreError> {
+        let rows = self.scan(Tag::Attempt, &endpoint.to_be_bytes(), None, Order::Descending, limit).await?;
+        rows.iter().map(|(_, value)| decode(value)).collect()
+    }
+}

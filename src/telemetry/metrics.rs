@@ -1,0 +1,298 @@
+//! Every metric of low cardinality, by name, in this one file; per-number series come from `collector`. Parts call the
+//! typed functions, so that no label can hold free text and no histogram lacks buckets (the exporter's default, a
+//! summary, costs 2 GiB at 10,000 label sets).
+
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
+
+const ACCEPT_SECONDS: &str = "switchboard_accept_seconds";
+const ACK_SECONDS: &str = "switchboard_ack_seconds";
+const INBOUND_DURABLE_SECONDS: &str = "switchboard_inbound_durable_seconds";
+const WEBHOOK_DELIVERY_SECONDS: &str = "switchboard_webhook_delivery_seconds";
+const WEBHOOK_ATTEMPTS_TOTAL: &str = "switchboard_webhook_attempts_total";
+const WEBHOOK_DEAD_LETTERS_TOTAL: &str = "switchboard_webhook_dead_letters_total";
+const API_REQUESTS_TOTAL: &str = "switchboard_api_requests_total";
+const API_REQUEST_SECONDS: &str = "switchboard_api_request_seconds";
+const API_REFUSED_TOTAL: &str = "switchboard_api_refused_total";
+const API_STREAMS: &str = "switchboard_api_streams";
+const GATE_WAITING: &str = "switchboard_gate_waiting";
+const GATE_OPENING: &str = "switchboard_gate_opening";
+const GATE_GRANTS_TOTAL: &str = "switchboard_gate_grants_total";
+const CONNECTIONS_CLOSED_TOTAL: &str = "switchboard_connections_closed_total";
+const RESTARTS_TOTAL: &str = "switchboard_restarts_total";
+const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
+const SLOT_TIMEOUTS_TOTAL: &str = "switchboard_slot_timeouts_total";
+const RESENT_TOTAL: &str = "switchboard_messages_resent_total";
+const PANICS_TOTAL: &str = "switchboard_panics_total";
+const COMMITTER_QUEUED: &str = "switchboard_committer_queued";
+const COMMITTER_GROUPS_TOTAL: &str = "switchboard_committer_groups_total";
+const COMMITTER_UNITS_TOTAL: &str = "switchboard_committer_units_total";
+const COMMITTER_SYNC_SECONDS: &str = "switchboard_committer_sync_seconds";
+const VOLUMES_FAILED: &str = "switchboard_volumes_failed";
+const BUILD_INFO: &str = "switchboard_build_info";
+
+/// From a cached answer to a stalled disk, in seconds.
+const BUCKETS_SECONDS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.010, 0.015, 0.025, 0.050, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
+
+static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+static INSTALLING: Mutex<()> = Mutex::new(());
+
+/// The process's recorder, as far as `/metrics` needs it.
+#[derive(Clone)]
+pub struct Exposition(PrometheusHandle);
+
+impl std::fmt::Debug for Exposition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Exposition")
+    }
+}
+
+impl Exposition {
+    /// Installs the recorder, once per process; later calls return the same one.
+    ///
+    /// # Errors
+    /// When another recorder is installed already.
+    pub fn install() -> Result<Self, BuildError> {
+        let _one = INSTALLING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = HANDLE.get() {
+            return Ok(Self(handle.clone()));
+        }
+        let handle = PrometheusBuilder::new().set_buckets(&BUCKETS_SECONDS)?.install_recorder()?;
+        describe();
+        let version = env!("CARGO_PKG_VERSION");
+        let sandbox = if cfg!(feature = "sandbox") { "true" } else { "false" };
+        gauge!(BUILD_INFO, "version" => version, "sandbox" => sandbox).set(1.0);
+        Ok(Self(HANDLE.get_or_init(|| handle).clone()))
+    }
+
+    /// The text of every family in this file.
+    #[must_use]
+    pub fn render(&self) -> String {
+        self.0.render()
+    }
+
+    /// Folds recorded samples into their buckets. Call it every few seconds: nobody may be scraping, and samples
+    /// are kept until then.
+    pub fn upkeep(&self) {
+        self.0.run_upkeep();
+    }
+}
+
+fn describe() {
+    describe_histogram!(ACCEPT_SECONDS, "From a send's arrival to its durable acceptance");
+    describe_histogram!(ACK_SECONDS, "From a send's acceptance to WhatsApp's ack");
+    describe_histogram!(INBOUND_DURABLE_SECONDS, "From a message's decryption to its place on disk");
+    describe_histogram!(WEBHOOK_DELIVERY_SECONDS, "One webhook attempt, connection included");
+    describe_counter!(WEBHOOK_ATTEMPTS_TOTAL, "Webhook attempts by outcome");
+    describe_counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "Deliveries given up");
+    describe_counter!(API_REQUESTS_TOTAL, "API calls by protocol, method and code");
+    describe_histogram!(API_REQUEST_SECONDS, "API calls, by protocol and method");
+    describe_counter!(API_REFUSED_TOTAL, "Calls that were shed or cut by their deadline");
+    describe_gauge!(API_STREAMS, "Open streams");
+    describe_gauge!(GATE_WAITING, "Numbers waiting for their turn to connect");
+    describe_gauge!(GATE_OPENING, "Sessions being opened");
+    describe_counter!(GATE_GRANTS_TOTAL, "Sessions allowed to open");
+    describe_counter!(CONNECTIONS_CLOSED_TOTAL, "Connections that ended, by reason");
+    describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
+    describe_counter!(QUARANTINES_TOTAL, "Numbers that crashed too often");
+    describe_counter!(SLOT_TIMEOUTS_TOTAL, "Numbers whose old socket did not go away in time");
+    describe_counter!(RESENT_TOTAL, "Messages put on the wire again under the same id");
+    describe_counter!(PANICS_TOTAL, "Panics in any thread");
+    describe_gauge!(COMMITTER_QUEUED, "Units waiting for a committer, by volume");
+    describe_counter!(COMMITTER_GROUPS_TOTAL, "Groups written, by volume");
+    describe_counter!(COMMITTER_UNITS_TOTAL, "Units written, by volume");
+    describe_gauge!(COMMITTER_SYNC_SECONDS, "Time spent in flush and fdatasync since the start, by volume");
+    describe_gauge!(VOLUMES_FAILED, "Volumes that failed or did not open");
+    describe_gauge!(BUILD_INFO, "Always 1; the labels say which build this is");
+}
+
+/// A send was accepted durably.
+pub fn accepted(took: Duration) {
+    histogram!(ACCEPT_SECONDS).record(took);
+}
+
+/// WhatsApp acknowledged a send this long after its acceptance.
+pub fn acknowledged(after: Duration) {
+    histogram!(ACK_SECONDS).record(after);
+}
+
+/// Received messages became durable.
+pub fn inbound_durable(took: Duration) {
+    histogram!(INBOUND_DURABLE_SECONDS).record(took);
+}
+
+/// A webhook attempt ended; `outcome` is `Answer::outcome`.
+pub fn webhook_attempt(outcome: &'static str, took: Duration) {
+    histogram!(WEBHOOK_DELIVERY_SECONDS).record(took);
+    counter!(WEBHOOK_ATTEMPTS_TOTAL, "outcome" => outcome).increment(1);
+}
+
+/// A delivery was given up.
+pub fn webhook_dead_letter() {
+    counter!(WEBHOOK_DEAD_LETTERS_TOTAL).increment(1);
+}
+
+/// The wire an API call came by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// gRPC.
+    Grpc,
+    /// JSON over HTTP.
+    Http,
+}
+
+impl Protocol {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Grpc => "grpc",
+            Self::Http => "http",
+        }
+    }
+}
+
+/// An API call was answered. `method` is a name from the code, never a path from the caller.
+pub fn api_request(protocol: Protocol, method: &'static str, code: &'static str, took: Duration) {
+    let protocol = protocol.name();
+    histogram!(API_REQUEST_SECONDS, "protocol" => protocol, "method" => method).record(took);
+    counter!(API_REQUESTS_TOTAL, "protocol" => protocol, "method" => method, "code" => code).increment(1);
+}
+
+/// A call was shed, or cut by its deadline; it is in no other figure.
+pub fn api_refused(protocol: Protocol, reason: &'static str) {
+    counter!(API_REFUSED_TOTAL, "protocol" => protocol.name(), "reason" => reason).increment(1);
+}
+
+/// Counts an open stream until it is dropped.
+#[derive(Debug)]
+pub struct OpenStream(());
+
+impl OpenStream {
+    /// A stream was opened.
+    #[must_use]
+    pub fn begin() -> Self {
+        gauge!(API_STREAMS).increment(1.0);
+        Self(())
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        gauge!(API_STREAMS).decrement(1.0);
+    }
+}
+
+/// How many numbers wait at the gate and how many are opening.
+pub fn gate(waiting: usize, opening: usize) {
+    gauge!(GATE_WAITING).set(waiting as f64);
+    gauge!(GATE_OPENING).set(opening as f64);
+}
+
+/// The gate let a number through.
+pub fn gate_grant() {
+    counter!(GATE_GRANTS_TOTAL).increment(1);
+}
+
+/// A connection ended; `reason` is `CloseReason::code`.
+pub fn connection_closed(reason: &'static str) {
+    counter!(CONNECTIONS_CLOSED_TOTAL, "reason" => reason).increment(1);
+}
+
+/// Why an actor was restarted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestartCause {
+    /// It panicked.
+    Panic,
+    /// It returned an error.
+    Error,
+    /// It did not answer the watchdog.
+    Hang,
+}
+
+/// An actor was restarted.
+pub fn restarted(cause: RestartCause) {
+    let cause = match cause {
+        RestartCause::Panic => "panic",
+        RestartCause::Error => "error",
+        RestartCause::Hang => "hang",
+    };
+    counter!(RESTARTS_TOTAL, "cause" => cause).increment(1);
+}
+
+/// A number crashed too often.
+pub fn quarantined() {
+    counter!(QUARANTINES_TOTAL).increment(1);
+}
+
+/// A message went over the wire again under the same id.
+pub fn resent() {
+    counter!(RESENT_TOTAL).increment(1);
+}
+
+/// A number's old socket did not go away in time.
+pub fn slot_timeout() {
+    counter!(SLOT_TIMEOUTS_TOTAL).increment(1);
+}
+
+/// A thread panicked.
+pub fn panicked() {
+    counter!(PANICS_TOTAL).increment(1);
+}
+
+/// Figures of one committer. Totals are absolute: pass what the committer counted since its start.
+#[derive(Debug, Clone, Copy)]
+pub struct CommitterFigures {
+    /// Units waiting.
+    pub queued: u64,
+    /// Groups written.
+    pub groups: u64,
+    /// Units written.
+    pub units: u64,
+    /// Time in flush and fdatasync.
+    pub sync: Duration,
+}
+
+/// Shows a committer's figures; call it before a render. There are as many volumes as the store opened.
+pub fn committer(volume: &str, figures: CommitterFigures) {
+    gauge!(COMMITTER_QUEUED, "volume" => volume.to_owned()).set(figures.queued as f64);
+    counter!(COMMITTER_GROUPS_TOTAL, "volume" => volume.to_owned()).absolute(figures.groups);
+    counter!(COMMITTER_UNITS_TOTAL, "volume" => volume.to_owned()).absolute(figures.units);
+    gauge!(COMMITTER_SYNC_SECONDS, "volume" => volume.to_owned()).set(figures.sync.as_secs_f64());
+}
+
+/// How many volumes failed or did not open.
+pub fn volumes_failed(count: usize) {
+    gauge!(VOLUMES_FAILED).set(count as f64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_histogram_has_buckets_and_every_family_its_help() {
+        let exposition = Exposition::install().unwrap();
+        accepted(Duration::from_millis(3));
+        acknowledged(Duration::from_millis(300));
+        inbound_durable(Duration::from_millis(4));
+        webhook_attempt("delivered", Duration::from_millis(20));
+        api_request(Protocol::Grpc, "SendMessage", "OK", Duration::from_millis(2));
+        committer("volume-00", CommitterFigures { queued: 1, groups: 2, units: 3, sync: Duration::from_millis(1_500) });
+        exposition.upkeep();
+        let text = Exposition::install().unwrap().render();
+        assert!(!text.contains(" summary"), "a summary: {text}");
+        for expected in [
+            "# HELP switchboard_accept_seconds ",
+            "# TYPE switchboard_accept_seconds histogram",
+            "switchboard_accept_seconds_bucket{le=\"0.005\"} 1",
+            "switchboard_webhook_attempts_total{outcome=\"delivered\"} 1",
+            "switchboard_committer_sync_seconds{volume=\"volume-00\"} 1.5",
+            "switchboard_build_info{",
+        ] {
+            assert!(text.contains(expected), "{expected} not in {text}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! The figures of one number, as atomics: its actor writes, `/metrics` and the API read without asking the actor.
+//! Written with relaxed ordering: each figure stands for itself.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::domain::id::{NumberId, TenantId};
+use crate::domain::time::Timestamp;
+
+/// A number's state as one label value; the position is the code of `switchboard_number_state`.
+pub const STATE_NAMES: [&str; 13] = [
+    "unspecified",
+    "unlinked",
+    "linking",
+    "offline",
+    "awaiting_gate",
+    "connecting",
+    "online",
+    "degraded",
+    "parked",
+    "replaced",
+    "logged_out",
+    "stopped",
+    "quarantined",
+];
+
+/// The figures of one number.
+#[derive(Debug, Default)]
+pub struct NumberStats {
+    state: AtomicU8,
+    desired_up: AtomicBool,
+    up: AtomicBool,
+    /// Crashes of the actor since the daemon started.
+    pub restarts: Counter,
+    /// Connections opened after the first.
+    pub reconnects: Counter,
+    /// Messages WhatsApp acknowledged.
+    pub sent: Counter,
+    /// Messages received and made durable.
+    pub received: Counter,
+    /// Messages that will never be sent.
+    pub failed: Counter,
+    /// Accepted messages that WhatsApp has not acknowledged.
+    pub outbox: Queue,
+    /// Deliveries that wait for an endpoint.
+    pub webhooks: Queue,
+    send_budget_remaining: AtomicU64,
+    last_activity: AtomicU64,
+}
+
+/// Counts up.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Counts `by` more.
+    pub fn add(&self, by: u64) {
+        self.0.fetch_add(by, Ordering::Relaxed);
+    }
+
+    /// The count.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Depth and age of something that waits.
+#[derive(Debug, Default)]
+pub struct Queue {
+    depth: AtomicU64,
+    oldest: AtomicU64,
+}
+
+impl Queue {
+    /// What it holds now, and since when its oldest entry waits.
+    pub fn set(&self, depth: u64, oldest: Option<Timestamp>) {
+        self.depth.store(depth, Ordering::Relaxed);
+        self.oldest.store(oldest.map_or(0, |oldest| oldest.0), Ordering::Relaxed);
+    }
+
+    /// How many entries wait.
+    #[must_use]
+    pub fn depth(&self) -> u64 {
+        self.depth.load(Ordering::Relaxed)
+    }
+
+    /// How long the oldest entry has waited; zero when nothing waits.
+    #[must_use]
+    pub fn oldest_age(&self, now: Timestamp) -> Duration {
+        match self.oldest.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            oldest => now.since(Timestamp(oldest)),
+        }
+    }
+}
+
+impl NumberStats {
+    /// The state changed. `code` is a position in [`STATE_NAMES`]; `up` says whether sends are possible in it.
+    pub fn set_state(&self, code: u8, up: bool) {
+        self.state.store(code, Ordering::Relaxed);
+        self.up.store(up, Ordering::Relaxed);
+    }
+
+    /// Position in [`STATE_NAMES`].
+    #[must_use]
+    pub fn state_code(&self) -> u8 {
+        self.state.load(Ordering::Relaxed)
+    }
+
+    /// Whether sends are possible.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// The owner wants it connected, or not.
+    pub fn set_desired_up(&self, desired: bool) {
+        self.desired_up.store(desired, Ordering::Relaxed);
+    }
+
+    /// Whether the owner wants it connected.
+    #[must_use]
+    pub fn is_desired_up(&self) -> bool {
+        self.desired_up.load(Ordering::Relaxed)
+    }
+
+    /// Sends that would go out at once.
+    pub fn set_send_budget_remaining(&self, sends: u64) {
+        self.send_budget_remaining.store(sends, Ordering::Relaxed);
+    }
+
+    /// Sends that would go out at once.
+    #[must_use]
+    pub fn send_budget_remaining(&self) -> u64 {
+        self.send_budget_remaining.load(Ordering::Relaxed)
+    }
+
+    /// Traffic in either direction.
+    pub fn touch(&self, now: Timestamp) {
+        self.last_activity.fetch_max(now.0, Ordering::Relaxed);
+    }
+
+    /// The last traffic in either direction, if any since the daemon started.
+    #[must_use]
+    pub fn last_activity(&self) -> Option<Timestamp> {
+        match self.last_activity.load(Ordering::Relaxed) {
+            0 => None,
+            at => Some(Timestamp(at)),
+        }
+    }
+}
+
+/// The label text of one number's series; made once, when the number's stats are.
+#[must_use]
+pub fn labels(number: NumberId, tenant: TenantId) -> Box<str> {
+    format!("number=\"{number}\",tenant=\"{tenant}\"").into()
+}

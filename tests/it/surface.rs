@@ -1,0 +1,124 @@
+//! The edges of the public surface: what is wrong is named, and a stream that is ended says where to go on.
+
+use switchboard::api::grpc::proto;
+use switchboard::api::grpc::proto::stream_events_response::Step;
+use switchboard::demo::phones::{CallError, call};
+use tonic::Code;
+use tonic_types::StatusExt as _;
+
+use crate::harness::World;
+
+const ONE: &str = "15556000001";
+const CUSTOMER: &str = "15556000099";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_a_json_call_is_named() {
+    let world = World::new().await;
+    let (tenant, tenant_key, _) = world.tenant("json", &[]).await;
+    let number = tenant.create_number("unlinked", ONE).await.unwrap();
+    let key = ("x-api-key", number.key.as_str());
+    let refused = async |method: &str, path: &str, headers: &[(&str, &str)], body: &str| {
+        let answer = call(world.api(), method, path, headers, body).await;
+        let Err(CallError::Status { status, body }) = answer else { panic!("{method} {path}: {answer:?}") };
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert!(body["error"].is_string(), "{body}");
+        (status, body["code"].as_str().unwrap().to_owned(), body["details"].to_string())
+    };
+    let send = "/v1/messages/send";
+    let too_long = format!(r#"{{"text":"{}"}}"#, "x".repeat(70_000));
+    for (body, status, code, named) in [
+        ("", 400, "VALIDATION_ERROR", "body"),
+        ("[]", 400, "VALIDATION_ERROR", "body"),
+        (r#"{"text":5,"destinationNumber":"+15556000099"}"#, 400, "VALIDATION_ERROR", "text"),
+        (r#"{"text":"","destinationNumber":"+15556000099"}"#, 400, "VALIDATION_ERROR", "text"),
+        (r#"{"text":"x"}"#, 400, "INVALID_DESTINATION", "destinationNumber"),
+        (r#"{"templateId":"t","destinationNumber":"+15556000099"}"#, 400, "VALIDATION_ERROR", "templateId"),
+        (too_long.as_str(), 413, "PAYLOAD_TOO_LARGE", ""),
+    ] {
+        let (got_status, got_code, details) = refused("POST", send, &[key], body).await;
+        assert_eq!((got_status, got_code.as_str()), (status, code), "{}", &body[..body.len().min(80)]);
+        assert!(details.contains(named), "{named} not in {details}");
+    }
+    assert_eq!(refused("POST", send, &[], "{}").await.0, 401);
+    assert_eq!(refused("GET", "/v1/nothing", &[key], "").await.1, "PATH_NOT_FOUND");
+    assert_eq!(refused("PUT", "/v1/numbers", &[key], "").await.1, "METHOD_NOT_ALLOWED");
+    assert_eq!(refused("GET", "/v1/messages/msg_none", &[key], "").await.1, "MESSAGE_NOT_FOUND");
+    assert_eq!(refused("GET", "/v1/numbers/num_none", &[("x-api-key", &tenant_key)], "").await.1, "NUMBER_NOT_FOUND");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_send_to_a_number_that_is_down_waits_in_its_queue() {
+    let world = World::new().await;
+    let (tenant, _, _) = world.tenant("queue", &[]).await;
+    let number = tenant.create_number("unlinked", ONE).await.unwrap();
+    let headers = [("x-api-key", number.key.as_str()), ("idempotency-key", "order-1")];
+    let body = format!(r#"{{"text":"later","destinationNumber":"+{CUSTOMER}"}}"#);
+    let send = async || {
+        let answer = call(world.api(), "POST", "/v1/messages/send", &headers, &body).await.unwrap();
+        serde_json::from_str::<serde_json::Value>(&answer).unwrap()
+    };
+    let (first, again) = (send().await, send().await);
+    assert_eq!(first, again, "the same request id, the same answer");
+    assert_eq!(first["correlationId"], "order-1");
+    let path = format!("/v1/messages/{}", first["id"].as_str().unwrap());
+    let shown = call(world.api(), "GET", &path, &headers, "").await.unwrap();
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!((shown["status"].as_str(), shown["sentAt"].is_null()), (Some("QUEUED"), true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_ends_at_the_drain_and_says_where_to_go_on() {
+    let mut world = World::new().await;
+    let (tenant, _, _) = world.tenant("drain", &[]).await;
+    let number = tenant.create_number("unlinked", ONE).await.unwrap();
+    let request = proto::StreamEventsRequest::default();
+    let mut stream = number.caller.events().stream_events(request).await.unwrap().into_inner();
+    let mut seen = Vec::new();
+    loop {
+        match stream.message().await.unwrap().unwrap().step.unwrap() {
+            Step::Event(event) => seen.push(event.sequence),
+            Step::Progress(progress) if progress.caught_up => break,
+            Step::Progress(_) => {}
+        }
+    }
+    assert_eq!(seen.first(), Some(&1));
+    let mut daemon = world.daemon.take().unwrap();
+    let stopped = tokio::task::spawn_blocking(move || daemon.terminate());
+    let ended = loop {
+        if let Err(status) = stream.message().await {
+            break status;
+        }
+    };
+    assert_eq!(stopped.await.unwrap(), Some(0));
+    assert_eq!(ended.code(), Code::Unavailable, "{ended:?}");
+    let info = ended.get_details_error_info().unwrap();
+    assert_eq!(info.reason, "DRAINING");
+    world.start_again();
+    let caller = world.caller(&number.key).await;
+    let request = proto::StreamEventsRequest { resume_cursor: info.metadata["cursor"].clone(), ..Default::default() };
+    let mut stream = caller.events().stream_events(request).await.unwrap().into_inner();
+    // Whatever was told while nobody listened follows without a gap.
+    let step = stream.message().await.unwrap().unwrap().step.unwrap();
+    if let Step::Event(event) = step {
+        assert_eq!(event.sequence, seen.last().unwrap() + 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cursors_and_page_tokens_are_checked() {
+    let world = World::new().await;
+    let (tenant, _, _) = world.tenant("tokens", &[]).await;
+    let number = tenant.create_number("unlinked", ONE).await.unwrap();
+    let request = proto::StreamEventsRequest { resume_cursor: "junk".to_owned(), ..Default::default() };
+    let refused = number.caller.events().stream_events(request).await.unwrap_err();
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "CURSOR_INVALID");
+    let request = proto::ListMessagesRequest { page_token: "junk".to_owned(), ..Default::default() };
+    let refused = number.caller.messages().list_messages(request).await.unwrap_err();
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "INVALID_PAGE_TOKEN");
+    let request = proto::ListNumbersRequest { page_size: -1, ..Default::default() };
+    let refused = tenant.numbers().list_numbers(request).await.unwrap_err();
+    assert_eq!(refused.get_details_bad_request().unwrap().field_violations[0].field, "page_size");
+    let request = proto::SendMessageRequest { to: CUSTOMER.to_owned(), ..Default::default() };
+    let refused = tenant.messages().send_message(request).await.unwrap_err();
+    assert_eq!(refused.get_details_error_info().unwrap().reason, "NUMBER_REQUIRED");
+}
