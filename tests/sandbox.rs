@@ -418,6 +418,46 @@ async fn a_phone_writes_to_a_linked_number_also_while_it_is_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_backlog_arrives_whole_and_in_order() {
+    let sandbox = start().await;
+    let (alice, run) = Number::provisioned(&sandbox, ALICE).await;
+    alice.leave(run).await;
+    let written: Vec<String> = (0..300).map(|number| format!("number {number}")).collect();
+    for text in &written {
+        phone_sends(&sandbox, CAROL, ALICE, text).await;
+    }
+    let back = Number::new(sandbox.ws_url(), alice.backend.clone()).await;
+    let run = back.run();
+    back.seen.text("number 299").await;
+    back.seen.connected().await;
+    let events = back.seen.events.lock().expect("lock").clone();
+    let arrived: Vec<String> = events.iter().flat_map(|event| texts(event)).map(|(text, _)| text).collect();
+    assert_eq!(arrived, written);
+    phone_shows(&sandbox, CAROL, "number 299", "delivered").await;
+    back.leave(run).await;
+    no_key_was_reused(&sandbox).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_can_be_linked_by_a_code_typed_into_the_phone() {
+    let sandbox = start().await;
+    let alice = Number::new(sandbox.ws_url(), Arc::new(InMemoryBackend::new())).await;
+    let run = alice.run();
+    alice.client.wait_for_socket(PATIENCE).await.expect("a socket");
+    let wanted = whatsapp_rust::pair_code::PairCodeOptions { phone_number: ALICE.into(), ..Default::default() };
+    let code = alice.client.pair_with_code(wanted).await.expect("a code");
+    let spelled = format!("{}-{}", &code[..4], code[4..].to_lowercase());
+    post(&sandbox, &format!("/admin/mock-phone/pair-code?phone={ALICE}"), &spelled).await;
+    alice.seen.until("PairSuccess", |event| matches!(event, Event::PairSuccess(_)).then_some(())).await;
+    Number::ended(run).await;
+    let run = alice.run();
+    alice.seen.connected().await;
+    phone_sends(&sandbox, CAROL, ALICE, "linked by code").await;
+    alice.seen.text("linked by code").await;
+    alice.leave(run).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn hidden_ids_work_as_addresses() {
     let sandbox = start().await;
     let (alice, alice_run) = Number::link(&sandbox, ALICE, "&lid=true").await;

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
 use ractor::ActorRef;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
@@ -24,6 +23,9 @@ use crate::telemetry::rng::Random;
 
 /// Calls under way at once per number; more are refused before they reach the mailbox.
 pub const CALLS_MAX: usize = 64;
+
+/// How long a call waits for a number that starts or restarts.
+const START_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What anybody may see of a number's life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,7 +108,7 @@ pub struct NumberHandle {
     stats: NumberStats,
     view: watch::Sender<NumberView>,
     events: watch::Sender<EventSeq>,
-    live: ArcSwapOption<Live>,
+    live: watch::Sender<Option<Arc<Live>>>,
     calls: Arc<Semaphore>,
     slot: Arc<Semaphore>,
     answered_at_millis: AtomicU64,
@@ -132,7 +134,7 @@ impl NumberHandle {
             stats: NumberStats::default(),
             view: watch::Sender::new(view),
             events: watch::Sender::new(EventSeq(0)),
-            live: ArcSwapOption::empty(),
+            live: watch::Sender::new(None),
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             slot: Arc::new(Semaphore::new(1)),
             answered_at_millis: AtomicU64::new(0),
@@ -190,7 +192,7 @@ impl NumberHandle {
     /// Its records, for reading; none while it starts.
     #[must_use]
     pub fn store(&self) -> Option<NumberStore> {
-        self.live.load().as_ref().map(|live| live.store.clone())
+        self.live.borrow().as_ref().map(|live| live.store.clone())
     }
 
     /// The one slot a socket of this number needs.
@@ -213,7 +215,7 @@ impl NumberHandle {
 
     /// The actor is there (`Some`) or gone.
     pub(crate) fn set_live(&self, live: Option<Live>) {
-        self.live.store(live.map(Arc::new));
+        self.live.send_replace(live.map(Arc::new));
     }
 
     pub(crate) fn answered(&self, monotonic: Duration) {
@@ -226,8 +228,18 @@ impl NumberHandle {
         Duration::from_millis(self.answered_at_millis.load(Ordering::Relaxed))
     }
 
-    fn live(&self) -> Option<Arc<Live>> {
-        self.live.load_full()
+    /// The running incarnation; while it starts or restarts, waits for it a little.
+    async fn live(&self) -> Option<Arc<Live>> {
+        let mut incarnations = self.live.subscribe();
+        if let Some(live) = incarnations.borrow_and_update().clone() {
+            return Some(live);
+        }
+        if self.view.borrow().state == State::Quarantined {
+            return None;
+        }
+        let started = incarnations.wait_for(Option::is_some);
+        let found = tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone();
+        found
     }
 
     /// Accepts a send: durable when this returns `Ok`. Cancelling the call does not undo it.
@@ -236,8 +248,8 @@ impl NumberHandle {
     /// See [`SendRefused`]; nothing was kept then, except possibly after `NotReady`: the number went down during
     /// the call. Asking again with the same request id is always safe.
     pub async fn send(&self, command: SendCommand, random: &Random) -> Result<Accepted, SendRefused> {
-        let live = self.live().ok_or(SendRefused::NotReady)?;
         let permit = self.calls.clone().try_acquire_owned().map_err(|_| SendRefused::Busy)?;
+        let live = self.live().await.ok_or(SendRefused::NotReady)?;
         let chat = live.store.chat_of(&command.to).await.map_err(|_| SendRefused::NotReady)?;
         let idempotency = command.request_id.as_ref().map(|request_id| {
             let key = live.store.idempotency_key(&command.scope, request_id);
@@ -262,7 +274,7 @@ impl NumberHandle {
     /// # Errors
     /// `NotReady` while the number starts.
     pub async fn control(&self, control: Control) -> Result<(), SendRefused> {
-        let live = self.live().ok_or(SendRefused::NotReady)?;
+        let live = self.live().await.ok_or(SendRefused::NotReady)?;
         let (reply, answer) = oneshot::channel();
         live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| SendRefused::NotReady)?;
         answer.await.map_err(|_| SendRefused::NotReady)
@@ -273,7 +285,7 @@ impl NumberHandle {
     /// # Errors
     /// See [`EndpointRefused`].
     pub async fn add_endpoint(&self, endpoint: Endpoint) -> Result<Endpoint, EndpointRefused> {
-        let live = self.live().ok_or(EndpointRefused::NotReady)?;
+        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::AddEndpoint(Box::new(endpoint), reply);
         live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
@@ -285,7 +297,7 @@ impl NumberHandle {
     /// # Errors
     /// See [`EndpointRefused`].
     pub async fn remove_endpoint(&self, ordinal: u32) -> Result<(), EndpointRefused> {
-        let live = self.live().ok_or(EndpointRefused::NotReady)?;
+        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::RemoveEndpoint(ordinal, reply);
         live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
@@ -295,7 +307,7 @@ impl NumberHandle {
     /// Makes the actor panic: for tests of the supervisor.
     #[cfg(feature = "sandbox")]
     pub fn make_panic(&self) {
-        if let Some(live) = self.live() {
+        if let Some(live) = self.live.borrow().clone() {
             let _ = live.actor.cast(NumberMessage::Panic);
         }
     }

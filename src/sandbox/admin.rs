@@ -8,6 +8,7 @@ use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::faults::{LoginFailure, Order};
 use crate::sandbox::link::Farewell;
 use crate::sandbox::login::{conflict, failure};
+use crate::sandbox::pair_code;
 use crate::sandbox::pairing;
 use crate::sandbox::signal_store::SignedKey;
 use crate::sandbox::stanza::tag;
@@ -37,6 +38,7 @@ pub fn router(world: Arc<World>) -> Router {
         .route("/admin/kick", post(kick))
         .route("/admin/provision", post(provision))
         .route("/admin/mock-phone/scan-qr", post(scan_qr))
+        .route("/admin/mock-phone/pair-code", post(enter_code))
         .route("/admin/mock-phone/send", post(send))
         .route("/admin/mock-phone/read", post(read))
         .route("/admin/mock-phone/messages", get(messages))
@@ -156,6 +158,16 @@ async fn scan_qr(State(world): Shared, Query(query): Query<Whose>, body: Bytes) 
         "jid": Namespace::Phone.device(&device).to_string(),
         "lid": Namespace::Hidden.device(&device).to_string(),
     })))
+}
+
+/// `POST /admin/mock-phone/pair-code?phone=N[&lid=true]`, body: the code the device shows → `{}`; the person enters it
+/// on the phone. Whether it was right shows when the device is linked.
+async fn enter_code(State(world): Shared, Query(query): Query<Whose>, body: Bytes) -> Answer {
+    let (phone, code) = (number(&query.phone)?, text(&body)?.to_owned());
+    // Stretching the code takes a while by design.
+    let entered = tokio::task::spawn_blocking(move || pair_code::enter(&world, &phone, &code, query.lid)).await;
+    entered.map_err(|_| SandboxError::Conflict("the phone gave up"))??;
+    Ok(axum::Json(json!({})))
 }
 
 #[derive(Deserialize)]

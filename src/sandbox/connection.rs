@@ -402,3 +402,22 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::persistence::Files;
+    use tokio_tungstenite::tungstenite::protocol::Role;
+
+    /// Ten thousand of them live in one process.
+    const LARGEST: usize = 8 * 1024;
+
+    #[tokio::test]
+    async fn the_state_of_a_connection_is_small() {
+        let world = Arc::new(World::open(Files::default(), 1).expect("a world"));
+        let (_, stream) = tokio::io::duplex(64);
+        let socket = WebSocketStream::from_raw_socket(stream, Role::Server, None).await;
+        let connection = run(socket, world);
+        assert!(size_of_val(&connection) <= LARGEST, "{} bytes", size_of_val(&connection));
+    }
+}

@@ -75,10 +75,15 @@ impl Link {
         self.gone.notify_waiters();
     }
 
+    /// Whether the socket is closed.
+    pub fn is_gone(&self) -> bool {
+        self.is_gone.load(Ordering::Acquire)
+    }
+
     /// Waits until the socket is closed.
     pub async fn until_gone(&self) {
         let gone = self.gone.notified();
-        if !self.is_gone.load(Ordering::Acquire) {
+        if !self.is_gone() {
             gone.await;
         }
     }

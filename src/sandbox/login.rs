@@ -104,19 +104,20 @@ pub async fn admit(world: &Arc<World>, link: &Arc<Link>, by_ik: bool, client: &E
 
 async fn log_in(world: &Arc<World>, link: &Arc<Link>, device: DeviceAddress) -> Admission {
     let older = world.with_companion(&device, |companion| companion.link.clone()).flatten();
-    if let Some(older) = older
-        && tokio::time::timeout(GRACE_FOR_OLD_SOCKET, older.until_gone()).await.is_err()
-    {
+    if let Some(older) = older {
+        // Running out of patience is the answer: the old socket is still there.
+        let _ = tokio::time::timeout(GRACE_FOR_OLD_SOCKET, older.until_gone()).await;
+    }
+    let taken = world.change_companion(&device, |companion| {
+        (companion.link.replace(Arc::clone(link)), std::mem::take(&mut companion.wants_keys))
+    });
+    let Some((older, wants_keys)) = taken else {
+        return Admission::Refused(failure(&unauthorised()));
+    };
+    if let Some(older) = older.filter(|older| !older.is_gone()) {
         world.stats.conflicts.add(1);
         older.end(Farewell::Stanza(Box::new(conflict("replaced"))));
     }
-    let wants_keys = world.change_companion(&device, |companion| {
-        companion.link = Some(Arc::clone(link));
-        std::mem::take(&mut companion.wants_keys)
-    });
-    let Some(wants_keys) = wants_keys else {
-        return Admission::Refused(failure(&unauthorised()));
-    };
     world.stats.logins.add(1);
     if wants_keys {
         world.deliver(world.share_keys(&device));

@@ -16,6 +16,7 @@ pub mod handshake;
 pub mod link;
 pub mod login;
 pub mod message;
+pub mod pair_code;
 pub mod pairing;
 pub mod persistence;
 pub mod phone;

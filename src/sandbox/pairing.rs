@@ -6,6 +6,7 @@ use crate::sandbox::address::{DeviceAddress, PhoneNumber};
 use crate::sandbox::connection::Reaction;
 use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::link::{Farewell, Link};
+use crate::sandbox::pair_code::{self, Exchange, ShownCode};
 use crate::sandbox::signal_store::SignedKey;
 use crate::sandbox::stanza::{self, SERVER, attr, bytes, fresh_id, number, tag};
 use crate::sandbox::world::World;
@@ -36,10 +37,14 @@ const PAUSE_BEFORE_RESTART: Duration = Duration::from_millis(150);
 const REFERENCE_LIMIT: usize = 60_000;
 const RESTART: u16 = 515;
 
-/// A connection that shows a QR code.
+/// A connection that shows a QR code or a pairing code.
 pub struct Slot {
-    link: Arc<Link>,
-    registration: Registration,
+    /// The connection.
+    pub link: Arc<Link>,
+    /// Who is at its other end.
+    pub registration: Registration,
+    /// The exchange a phone has begun by entering the pairing code.
+    pub exchange: Mutex<Option<Exchange>>,
     opened: Instant,
     scanned: Mutex<Option<(PhoneNumber, Place)>>,
 }
@@ -47,6 +52,8 @@ pub struct Slot {
 /// All references in circulation.
 #[derive(Default)]
 pub struct Pairings {
+    /// Devices that show a pairing code, by the number they want to be linked to.
+    pub codes: Mutex<HashMap<PhoneNumber, ShownCode>>,
     slots: Mutex<HashMap<String, (Arc<Slot>, Duration)>>,
 }
 
@@ -63,6 +70,9 @@ impl Drop for Offer {
         for reference in &self.references {
             slots.remove(reference);
         }
+        drop(slots);
+        let mut codes = self.world.pairings.codes.lock().unwrap_or_else(PoisonError::into_inner);
+        codes.retain(|_, code| !Arc::ptr_eq(&code.slot, &self.slot));
     }
 }
 
@@ -85,7 +95,13 @@ impl Registration {
 impl Offer {
     /// Puts new references into circulation; the query that shows them to the client.
     pub fn open(world: &Arc<World>, link: Arc<Link>, registration: Registration) -> Result<(Self, Node)> {
-        let slot = Arc::new(Slot { link, registration, opened: Instant::now(), scanned: Mutex::new(None) });
+        let slot = Arc::new(Slot {
+            link,
+            registration,
+            exchange: Mutex::new(None),
+            opened: Instant::now(),
+            scanned: Mutex::new(None),
+        });
         let references: Vec<String> = (0..REFERENCES).map(|_| fresh_id("2R")).collect();
         let mut slots = world.pairings.slots.lock().unwrap_or_else(PoisonError::into_inner);
         if slots.len() + REFERENCES > REFERENCE_LIMIT {
@@ -121,6 +137,9 @@ impl Offer {
                     vec![Reaction::CloseAfter { pause: Duration::ZERO, farewell: Farewell::Drop }]
                 }
             };
+        }
+        if let Some(stage) = node.get_optional_child("link_code_companion_reg") {
+            return vec![Reaction::Reply(pair_code::answer(&self.world, &self.slot, node, stage))];
         }
         let question = attr(node, "type").is_some_and(|kind| kind == "get" || kind == "set");
         if question { vec![Reaction::Reply(stanza::result(node, []))] } else { Vec::new() }
@@ -193,17 +212,28 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
     if slot.registration.noise != code.noise || slot.registration.identity != code.identity {
         return Err(SandboxError::Conflict("the QR code shows other keys than the connection"));
     }
+    sign(world, &slot, phone, &code.secret, hidden_addressing)
+}
+
+/// The phone signs the identity of the device in `slot`, and the server tells the device.
+pub fn sign(
+    world: &World,
+    slot: &Slot,
+    phone: &PhoneNumber,
+    secret: &[u8],
+    hidden_addressing: bool,
+) -> Result<DeviceAddress> {
     let account = world.require(phone)?;
     let mut scanned = slot.scanned.lock().unwrap_or_else(PoisonError::into_inner);
     if scanned.is_some() {
-        return Err(SandboxError::Conflict("the QR code has been scanned"));
+        return Err(SandboxError::Conflict("the device is being linked already"));
     }
     let (place, name) = {
         let mut state = account.state();
-        (state.reserve(&code.identity)?, state.person.name.clone())
+        (state.reserve(&slot.registration.identity)?, state.person.name.clone())
     };
     let device = DeviceAddress::new(phone.clone(), place.device);
-    let success = success(&account.jids(place.device), &place, &code.secret, &name, hidden_addressing);
+    let success = success(&account.jids(place.device), &place, secret, &name, hidden_addressing);
     *scanned = Some((phone.clone(), place));
     drop(scanned);
     if !slot.link.post(success) {

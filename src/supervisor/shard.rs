@@ -254,17 +254,15 @@ impl ShardState {
         child.member.handle.stats().restarts.add(1);
         metrics::restarted(cause);
         let pause = match child.budget.record(now) {
-            Verdict::Restart => child.backoff.next_delay(&self.environment.random),
+            Verdict::Restart => {
+                let pause = child.backoff.next_delay(&self.environment.random);
+                show(&child.member.handle, State::Offline { retry_at: now.after(pause) }, "CRASHED", now);
+                pause
+            }
             Verdict::Quarantine(pause) => {
                 metrics::quarantined();
                 tracing::error!(%number, seconds = pause.as_secs(), "number quarantined: it crashed too often");
-                let stats = child.member.handle.stats();
-                stats.set_state(State::Quarantined.code(), false);
-                child.member.handle.change_view(|view| {
-                    view.state = State::Quarantined;
-                    view.since = now;
-                    view.reason = "CRASH_LOOP".to_owned();
-                });
+                show(&child.member.handle, State::Quarantined, "CRASH_LOOP", now);
                 pause
             }
         };
@@ -338,4 +336,14 @@ impl ShardState {
             let _ = myself.cast(ShardMessage::DrainOver);
         });
     }
+}
+
+/// A number without an actor must not look connected.
+fn show(handle: &NumberHandle, state: State, reason: &str, now: Timestamp) {
+    handle.stats().set_state(state.code(), false);
+    handle.change_view(|view| {
+        view.state = state;
+        view.since = now;
+        view.reason = reason.to_owned();
+    });
 }

@@ -92,6 +92,7 @@ async fn health_probes_and_metrics_answer() {
         call(world.admin(), "GET", path, &[], "").await.unwrap();
     }
     assert_eq!(world.metric("switchboard_number_up", &numbers[0].id).await, 1.0);
+    numbers[0].caller.send_text(CUSTOMER, "counted", "").await.unwrap();
     let metrics = world.metrics().await;
     for family in ["switchboard_accept_seconds", "switchboard_gate_grants_total", "switchboard_committer_units_total"] {
         assert!(metrics.contains(family), "{family}");
