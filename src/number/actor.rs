@@ -14,6 +14,7 @@ use super::message::{
     Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, Waiter,
 };
 use crate::domain::change::IdempotencyRecord;
+use crate::domain::close::CloseReason;
 use crate::domain::id::{EventSeq, NumberId};
 use crate::domain::lifecycle;
 use crate::domain::message::FailureCode;
@@ -350,7 +351,9 @@ impl NumberState {
             }
             FromSession::Closed(reason) => {
                 metrics::connection_closed(reason.code());
-                self.handle.stats().reconnects.add(1);
+                if reason != CloseReason::Requested {
+                    self.handle.stats().reconnects.add(1);
+                }
                 self.turn = None;
                 self.connection = Connection::None;
                 let backoff = self.backoff.next_delay(&self.environment.random);
@@ -369,13 +372,7 @@ impl NumberState {
         let life = number.life();
         stats.set_state(life.state.code(), life.state == lifecycle::State::Online);
         stats.set_desired_up(life.desired == lifecycle::Desired::Running && life.linked);
-        let seen = self.handle.view();
-        let same = seen.state == life.state
-            && seen.since == life.since
-            && seen.reason == life.reason
-            && seen.desired == life.desired
-            && seen.linked == life.linked;
-        if same {
+        if self.handle.shows(life) {
             return;
         }
         self.handle.change_view(|view| {

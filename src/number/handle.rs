@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused};
 use crate::domain::delivery::Endpoint;
 use crate::domain::id::{EventSeq, NumberId, TenantId};
-use crate::domain::lifecycle::{Desired, State};
+use crate::domain::lifecycle::{Desired, Life, State};
 use crate::domain::message::Content;
 use crate::domain::number::SendRequest;
 use crate::domain::phone::{Contact, Phone};
@@ -175,6 +175,16 @@ impl NumberHandle {
     #[must_use]
     pub fn view(&self) -> NumberView {
         self.view.borrow().clone()
+    }
+
+    /// Whether the view tells this life already.
+    pub(crate) fn shows(&self, life: &Life) -> bool {
+        let view = self.view.borrow();
+        view.state == life.state
+            && view.since == life.since
+            && view.reason == life.reason
+            && view.desired == life.desired
+            && view.linked == life.linked
     }
 
     /// Follows what can be seen of it.
