@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
-use whatsapp_rust::types::events::Subscription;
+use whatsapp_rust::types::events::{InboundMessage, Subscription};
 use whatsapp_rust::wacore::iq::keepalive::KeepaliveSpec;
 use whatsapp_rust::{Client, RawNodeLease};
 
@@ -21,12 +21,12 @@ use super::backend::{LinkBackend, forget_device, is_linked};
 use super::client::{self, Parts};
 use super::environment::LinkEnvironment;
 use super::events::subscribe;
-use super::inbound::{Inbox, LateMessage};
+use super::inbound::Inbox;
 use super::pump::pump;
 use super::runtime::LinkRuntime;
 use super::send::{Outbound, Wire};
 use super::session::{LinkParams, Purpose};
-use super::signals::{LATE_MAX, QUEUE_MAX, Signals};
+use super::signals::{QUEUE_MAX, RECOVERED_MAX, Signals};
 use super::stanza::Certainty;
 use super::transport::{Reached, SocketSlot};
 use crate::domain::close::CloseReason;
@@ -62,8 +62,8 @@ const SENDS_END_WITHIN: Duration = Duration::from_secs(2);
 const PAIRED_WITHIN: Duration = Duration::from_secs(5);
 /// Connections of one pairing: the one with the code, and a few attempts at the first login.
 const PAIRING_RUNS_MAX: u32 = 4;
-/// Placeholders made durable at once.
-const LATE_AT_ONCE_MAX: usize = 4;
+/// Recovered messages made durable at once.
+const RECOVERIES_MAX: usize = 4;
 
 /// Owns everything a session started; on an abort of the session this is what ends the library's tasks.
 struct CloseOnDrop(Arc<LinkRuntime>);
@@ -87,12 +87,12 @@ pub(super) fn drive(
 async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands: mpsc::Receiver<SessionCommand>) {
     let LinkParams { store, purpose, slot, events, span } = params;
     let (queue, entries) = mpsc::channel(QUEUE_MAX);
-    let (late, late_messages) = mpsc::channel(LATE_MAX);
+    let (recovered, recoveries) = mpsc::channel(RECOVERED_MAX);
     let expected = match &purpose {
         Purpose::Pair { expected } => Some(expected.clone()),
         Purpose::Connect => None,
     };
-    let signals = Signals::new(expected, queue, late);
+    let signals = Signals::new(expected, queue, recovered);
     let (finish, last) = oneshot::channel();
     let mut pumping = JoinSet::new();
     pumping.spawn(pump(signals.clone(), entries, events, last).instrument(span.clone()));
@@ -107,7 +107,7 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
         signals,
     };
     let runtime = CloseOnDrop(parts.runtime.clone());
-    let living = live(&parts, store, purpose, commands, late_messages, span);
+    let living = live(&parts, store, purpose, commands, recoveries, span);
     let reason = AssertUnwindSafe(living).catch_unwind().await.unwrap_or(CloseReason::Crashed);
     drop(runtime);
     parts.slot.close().await;
@@ -125,7 +125,7 @@ async fn live(
     store: NumberStore,
     purpose: Purpose,
     commands: mpsc::Receiver<SessionCommand>,
-    late: mpsc::Receiver<LateMessage>,
+    recovered: mpsc::Receiver<InboundMessage>,
     span: tracing::Span,
 ) -> CloseReason {
     let is_pairing = matches!(purpose, Purpose::Pair { .. });
@@ -158,7 +158,7 @@ async fn live(
         outbound: Outbound::new(parts.signals.clone(), wire, span.clone()),
         inbox: Inbox::new(parts.signals.clone()),
         commands,
-        late,
+        recovered,
         stop: parts.environment.stop_signal(),
         running: JoinSet::new(),
         delivering: JoinSet::new(),
@@ -181,7 +181,7 @@ enum Turn {
     Command(Option<SessionCommand>),
     Stopped,
     Sent,
-    Late(LateMessage),
+    Recovered(InboundMessage),
     Delivered,
     RunEnded { panicked: bool },
     Tick,
@@ -197,7 +197,7 @@ struct Connection<'a> {
     outbound: Outbound,
     inbox: Arc<Inbox>,
     commands: mpsc::Receiver<SessionCommand>,
-    late: mpsc::Receiver<LateMessage>,
+    recovered: mpsc::Receiver<InboundMessage>,
     stop: watch::Receiver<bool>,
     running: JoinSet<()>,
     delivering: JoinSet<()>,
@@ -232,7 +232,7 @@ impl Connection<'_> {
             command = self.commands.recv() => Turn::Command(command),
             () = self.outbound.progress() => Turn::Sent,
             Some(_) = self.delivering.join_next() => Turn::Delivered,
-            Some(message) = self.late.recv(), if self.delivering.len() < LATE_AT_ONCE_MAX => Turn::Late(message),
+            Some(message) = self.recovered.recv(), if self.delivering.len() < RECOVERIES_MAX => Turn::Recovered(message),
             () = sleep_until(self.tick_at) => Turn::Tick,
         }
     }
@@ -247,9 +247,9 @@ impl Connection<'_> {
                 Turn::RunEnded { panicked: true } => Some(CloseReason::Crashed),
                 Turn::RunEnded { panicked: false } => self.after_run().await,
                 Turn::Sent | Turn::Delivered => None,
-                Turn::Late(message) => {
+                Turn::Recovered(message) => {
                     let inbox = self.inbox.clone();
-                    let deliver = async move { inbox.deliver_late(message).await };
+                    let deliver = async move { inbox.deliver_recovered(message).await };
                     self.delivering.spawn(deliver.instrument(self.span.clone()));
                     None
                 }

@@ -13,7 +13,7 @@ use whatsapp_rust::wacore::net::DisconnectReason;
 use whatsapp_rust::wacore_binary::NodeRef;
 
 use super::contact::contact_of;
-use super::inbound::LateMessage;
+use super::inbound::placeholder;
 use super::session::wall_clock;
 use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
@@ -72,14 +72,14 @@ impl Handler {
             Event::ServerAck(ack) => self.acked(ack),
             Event::Receipt(receipt) => self.receipt(receipt),
             Event::UndecryptableMessage(message) => {
-                if let Some(late) = LateMessage::undecryptable(message) {
-                    self.signals.push_late(late);
+                if let Some(placeholder) = placeholder(message) {
+                    self.signals.push(Queued::Placeholder(Box::new(placeholder)));
                 }
             }
             Event::Messages(batch) if !batch.hook_committed => {
                 // Newsletters come this way too; they are dropped as not being a chat between two people.
                 for message in batch.messages.iter() {
-                    self.signals.push_late(LateMessage::Recovered(message.clone()));
+                    self.signals.push_recovered(message.clone());
                 }
             }
             _ => {}

@@ -1,5 +1,5 @@
 //! Received messages on their way to the number's disk. The library acknowledges a message only after this hook
-//! returned; what it decrypts outside the hook (placeholders, recoveries) takes the same way in a task of ours.
+//! returned; what it recovers outside the hook takes the same way in a task of ours.
 //! Nothing is ever sent from here: the library holds the sender's session lock meanwhile.
 
 use std::sync::Arc;
@@ -30,19 +30,15 @@ const CHUNK_MESSAGES_MAX: usize = 100;
 /// Text of one unit of work, in bytes: a quarter of the store's limit, for the number adds events and deliveries.
 const CHUNK_BYTES_MAX: usize = 256 * 1024;
 
-/// A message that came outside the durability hook.
-pub(super) enum LateMessage {
-    /// It could not be decrypted; its place in the chat is kept.
-    Undecryptable(Arc<MessageInfo>),
-    /// The phone sent its content after all.
-    Recovered(InboundMessage),
-}
-
-impl LateMessage {
-    /// The placeholder for an undecryptable message; `None` for those that WhatsApp hides as well.
-    pub(super) fn undecryptable(event: &UndecryptableMessage) -> Option<Self> {
-        (event.decrypt_fail_mode == DecryptFailMode::Show).then(|| Self::Undecryptable(event.info.clone()))
+/// The place in the chat of a message that could not be decrypted. `None`: not for the history, or hidden by
+/// WhatsApp's own clients as well.
+pub(super) fn placeholder(event: &UndecryptableMessage) -> Option<Incoming> {
+    if event.decrypt_fail_mode == DecryptFailMode::Hide {
+        return None;
     }
+    let content = Content::Undecryptable;
+    let digest = digest(&Default::default(), &content);
+    incoming(&event.info, content, digest)
 }
 
 /// The addresses of the other side of the chat. `None`: not a chat between two people.
@@ -145,25 +141,17 @@ impl Inbox {
         chunk.is_empty() || self.commit(chunk).await
     }
 
-    /// Delivers a message that came outside the hook. WhatsApp was already told, so a failure here is only logged:
-    /// the sender repeats what could not be decrypted.
-    pub(super) async fn deliver_late(&self, message: LateMessage) {
-        let read = match &message {
-            LateMessage::Undecryptable(info) => {
-                let content = Content::Undecryptable;
-                let digest = digest(&Default::default(), &content);
-                incoming(info, content, digest)
-            }
-            LateMessage::Recovered(message) => read(message),
-        };
-        let Some(mut message) = read else {
+    /// Delivers a message whose content the phone sent after all. The library does not bring it to the hook, and
+    /// WhatsApp was already told, so a failure here is only logged: the placeholder stays.
+    pub(super) async fn deliver_recovered(&self, message: InboundMessage) {
+        let Some(mut read) = read(&message) else {
             return;
         };
         if let Some(client) = self.signals.client() {
-            complete(&client, &mut message.chat).await;
+            complete(&client, &mut read.chat).await;
         }
-        if !self.commit(vec![message]).await {
-            tracing::warn!("a placeholder did not reach the disk");
+        if !self.commit(vec![read]).await {
+            tracing::warn!("a recovered message did not reach the disk");
         }
     }
 }

@@ -4,13 +4,29 @@
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 
 use super::contact::{complete, contact_of};
 use super::signals::{Queued, RawReceipt, Signals};
 use crate::domain::close::CloseReason;
-use crate::session::contract::SessionEvent;
+use crate::session::contract::{NotDurable, SessionEvent};
 
-async fn finished(entry: Queued, signals: &Signals) -> Option<SessionEvent> {
+/// Watches what becomes of placeholders. WhatsApp was already told about these messages, so nobody waits.
+#[derive(Default)]
+struct Placeholders(JoinSet<()>);
+
+impl Placeholders {
+    fn watch(&mut self, durable: oneshot::Receiver<Result<(), NotDurable>>) {
+        while self.0.try_join_next().is_some() {}
+        self.0.spawn(async move {
+            if !matches!(durable.await, Ok(Ok(()))) {
+                tracing::warn!("a placeholder did not reach the disk");
+            }
+        });
+    }
+}
+
+async fn finished(entry: Queued, signals: &Signals, placeholders: &mut Placeholders) -> Option<SessionEvent> {
     match entry {
         Queued::Event(event) => Some(event),
         Queued::Receipt(receipt) => {
@@ -20,6 +36,14 @@ async fn finished(entry: Queued, signals: &Signals) -> Option<SessionEvent> {
                 complete(&client, &mut from).await;
             }
             Some(SessionEvent::Receipt { whatsapp_ids, from, kind, at })
+        }
+        Queued::Placeholder(mut message) => {
+            if let Some(client) = signals.client() {
+                complete(&client, &mut message.chat).await;
+            }
+            let (durable, answer) = oneshot::channel();
+            placeholders.watch(answer);
+            Some(SessionEvent::Inbound { messages: vec![*message], durable })
         }
     }
 }
@@ -32,6 +56,7 @@ pub(super) async fn pump(
     events: mpsc::Sender<SessionEvent>,
     mut last: oneshot::Receiver<CloseReason>,
 ) {
+    let mut placeholders = Placeholders::default();
     let reason = loop {
         let entry = tokio::select! {
             biased;
@@ -41,7 +66,7 @@ pub(super) async fn pump(
         let Some(entry) = entry else {
             break CloseReason::Crashed;
         };
-        if let Some(event) = finished(entry, &signals).await
+        if let Some(event) = finished(entry, &signals, &mut placeholders).await
             && events.send(event).await.is_err()
         {
             signals.end(CloseReason::Requested);
@@ -49,7 +74,7 @@ pub(super) async fn pump(
     };
     entries.close();
     while let Some(entry) = entries.recv().await {
-        if let Some(event) = finished(entry, &signals).await {
+        if let Some(event) = finished(entry, &signals, &mut placeholders).await {
             let _ = events.send(event).await;
         }
     }

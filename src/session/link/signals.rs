@@ -11,19 +11,19 @@ use tokio::time::Instant;
 use whatsapp_rust::Client;
 use whatsapp_rust::Jid;
 use whatsapp_rust::store::persistence_manager::PersistenceManager;
+use whatsapp_rust::types::events::InboundMessage;
 
-use super::inbound::LateMessage;
 use super::stanza::Certainty;
 use crate::domain::close::CloseReason;
 use crate::domain::phone::{Lid, Phone};
 use crate::domain::time::Timestamp;
-use crate::session::contract::{ReceiptKind, SessionEvent};
+use crate::session::contract::{Incoming, ReceiptKind, SessionEvent};
 
 /// Events between the library's handlers and the pump. The number's own queue behind it is shorter, so this one
 /// only fills when the number does not keep up at all.
 pub(super) const QUEUE_MAX: usize = 1024;
-/// Undecryptable and recovered messages waiting for the disk.
-pub(super) const LATE_MAX: usize = 64;
+/// Recovered messages waiting for the disk.
+pub(super) const RECOVERED_MAX: usize = 64;
 /// Shortest time between two `Alive` events: the number wants to know that it lives, not every beat.
 const ALIVE_EVERY: Duration = Duration::from_secs(25);
 
@@ -33,6 +33,9 @@ pub(super) enum Queued {
     Event(SessionEvent),
     /// Boxed because a channel holds room for 32 entries from the start, in every session.
     Receipt(Box<RawReceipt>),
+    /// The place of a message that could not be decrypted. Queued before the sender is asked to repeat it, so it
+    /// cannot come after its content.
+    Placeholder(Box<Incoming>),
 }
 
 /// A receipt whose sender's other address is still to be looked up, which the handler cannot do.
@@ -71,7 +74,7 @@ pub(super) struct Signals {
     sealed: AtomicBool,
     dropped: AtomicU64,
     queue: mpsc::Sender<Queued>,
-    late: mpsc::Sender<LateMessage>,
+    recovered: mpsc::Sender<InboundMessage>,
     client: OnceLock<Weak<Client>>,
     persistence: OnceLock<Weak<PersistenceManager>>,
 }
@@ -80,7 +83,7 @@ impl Signals {
     pub(super) fn new(
         expected: Option<Phone>,
         queue: mpsc::Sender<Queued>,
-        late: mpsc::Sender<LateMessage>,
+        recovered: mpsc::Sender<InboundMessage>,
     ) -> Arc<Self> {
         Arc::new(Self {
             expected,
@@ -92,7 +95,7 @@ impl Signals {
             sealed: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
             queue,
-            late,
+            recovered,
             client: OnceLock::new(),
             persistence: OnceLock::new(),
         })
@@ -275,9 +278,9 @@ impl Signals {
         self.queue.is_closed()
     }
 
-    /// Queues a message that came outside the durability hook.
-    pub(super) fn push_late(&self, message: LateMessage) {
-        if self.late.try_send(message).is_err() {
+    /// Queues a message that was recovered outside the durability hook.
+    pub(super) fn push_recovered(&self, message: InboundMessage) {
+        if self.recovered.try_send(message).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
