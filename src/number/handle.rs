@@ -248,8 +248,7 @@ impl NumberHandle {
             return None;
         }
         let started = incarnations.wait_for(Option::is_some);
-        let found = tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone();
-        found
+        tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone()
     }
 
     /// Accepts a send: durable when this returns `Ok`. Cancelling the call does not undo it.
