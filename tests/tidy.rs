@@ -163,6 +163,11 @@ const IMPURE: [&str; 13] = [
 /// What no log line may hold.
 const PRIVATE: [&str; 7] = ["digits()", "e164()", "reveal()", ".text", "text()", "body", "secret"];
 
+const TOP_LEVEL: [&str; 10] =
+    ["Cargo.toml", "Cargo.lock", "LICENSE", "README.md", "benches", "build.rs", "deploy", "proto", "src", "tests"];
+/// Written by running things here; also in .gitignore.
+const IGNORED: [&str; 3] = ["target", "data", "proptest-regressions"];
+
 const NAMES_BANNED: [&str; 8] = ["util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"];
 
 /// `mod.rs` files that hold more than a list. Only shrinks.
@@ -378,6 +383,18 @@ fn metric_names_are_in_one_place() {
         }
         for line in lines_with(&file.text, "\"switchboard_") {
             problems.push(format!("{}:{line}: metric names live in telemetry/", file.path));
+        }
+    }
+    assert_none(&problems);
+}
+
+#[test]
+fn the_top_level_stays_small() {
+    let mut problems = Vec::new();
+    for entry in fs::read_dir(root()).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        if !name.starts_with('.') && !TOP_LEVEL.contains(&name.as_str()) && !IGNORED.contains(&name.as_str()) {
+            problems.push(format!("{name}: the top level holds what a newcomer must see; put it into a folder"));
         }
     }
     assert_none(&problems);
