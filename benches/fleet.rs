@@ -8,6 +8,19 @@
 //! FLEET_SANDBOX=target/sandbox/release/switchboard FLEET_NUMBERS=1000 cargo bench --bench fleet
 //! ```
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
+    clippy::large_futures,
+    unreachable_pub,
+    missing_docs,
+    reason = "a bench that cannot go on may panic"
+)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};

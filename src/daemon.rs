@@ -21,7 +21,9 @@ use crate::number::environment::Environment;
 use crate::session::contract::SessionHandle;
 use crate::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
 use crate::session::opener::{OpenPurpose, OpenRequest, Opener};
+use crate::store::error::StoreError;
 use crate::store::layout::{OpenError, Store};
+use crate::store::number_store::NumberStore;
 use crate::supervisor::fleet::Fleet;
 use crate::supervisor::gate::ConnectGate;
 use crate::telemetry::clock::{Clock, SystemClock};
@@ -113,6 +115,7 @@ impl Drop for AbortOnDrop {
 /// Opens linked sessions.
 struct LinkedOpener(Arc<LinkEnvironment>);
 
+#[async_trait::async_trait]
 impl Opener for LinkedOpener {
     fn open(&self, request: OpenRequest) -> SessionHandle {
         let purpose = match request.purpose {
@@ -121,6 +124,14 @@ impl Opener for LinkedOpener {
         };
         let OpenRequest { store, slot, events, span, .. } = request;
         link::open(&self.0, LinkParams { store, purpose, slot, events, span })
+    }
+
+    async fn is_linked(&self, store: &NumberStore) -> bool {
+        link::is_linked(store).await
+    }
+
+    async fn forget(&self, store: &NumberStore) -> Result<(), StoreError> {
+        link::forget_device(store).await
     }
 }
 

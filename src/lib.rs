@@ -1,4 +1,66 @@
-//! Switchboard keeps whole fleets of WhatsApp numbers connected.
+//! Switchboard keeps whole fleets of WhatsApp numbers connected: one process, one supervised actor per number, durable
+//! sends, signed webhooks. This page is the architecture.
+//!
+//! ```text
+//!  callers ── gRPC, JSON ──▶ api ──▶ NumberHandle ──▶ number (ractor actor) ──▶ session ──▶ WhatsApp
+//!                             │       admits, reads     │  feeds inputs,            ▲
+//!                             │                         │  performs effects         └ inbound durability hook
+//!                             ▼                         ▼
+//!                          store ◀── one unit ── domain::number::step(input, now) -> effects   (pure)
+//!                             ▲                         │
+//!  customers' endpoints ◀── webhook ◀── owned task ─────┘
+//!
+//!  supervisor: root ─▶ 16 shards ─▶ numbers · directory (found without asking) · gate (how fast sessions open)
+//! ```
+//!
+//! # Where things are
+//!
+//! | folder | what it is |
+//! | --- | --- |
+//! | [`domain`] | the rules, pure: no async, clock, randomness or I/O. [`domain::number`] is a whole number as a machine |
+//! | [`telemetry`] | clock, randomness, backoff, metrics, logs: what the pure part must not have |
+//! | [`store`] | the only folder that knows sled: group commit, keys, records; [`store::number_store`] is the seam |
+//! | [`session`] | the only folder that knows WhatsApp: commands in, events out ([`session::contract`]) |
+//! | [`webhook`] | payload, signature, address guard, HTTP client |
+//! | [`number`] | the actor of one number: a thin shell around `domain::number`, and its [`number::handle`] |
+//! | [`supervisor`] | root, shards, directory, gate, fleet |
+//! | [`api`] | use cases with authorisation; `api::grpc` and `api::http` only translate |
+//! | [`config`] | what an operator may set; `config/default.toml` is its documentation |
+//! | [`daemon`] | the composition root: the only place that wires |
+//! | [`cli`] | the command line |
+//! | `sandbox`, `demo` | a loopback WhatsApp and the story told with it; only with the feature `sandbox` |
+//!
+//! Imports point down this list only: domain ← telemetry ← store, session, webhook ← number ← supervisor ← api ← daemon.
+//! `tests/tidy.rs` holds the table and fails on any other arrow.
+//!
+//! # The four flows
+//!
+//! * **Send.** The handle takes a permit, looks up the chat and casts. One step makes one unit {history row, outbox row,
+//!   idempotency record, counters}, written only if the request id is new. The caller is answered when it is on disk. If the
+//!   limiter allows it at once, the same unit counts the first attempt. WhatsApp's ack settles it; a lost connection puts
+//!   every unanswered attempt back in line, under the same WhatsApp id.
+//! * **Receive.** The library's durability hook hands over what it decrypted and waits. One unit {history, dedupe key,
+//!   event, webhook rows}; then the hook returns, and only then does WhatsApp get its receipt.
+//! * **Crash.** The shard drops the old state (and with it the session), waits the restart backoff and starts the actor
+//!   again; it claims the next epoch, reads its records and goes on. A lost socket is not a crash: it is an input.
+//! * **Boot.** The directory is complete before the API answers; every number then claims, loads and asks the gate.
+//!
+//! # Invariants, and the test that guards each
+//!
+//! | what must never be otherwise | guarded by |
+//! | --- | --- |
+//! | what was answered is on disk | `it::restart::nothing_accepted_is_lost_or_shown_twice_when_killed_in_the_middle` |
+//! | one chat's sends leave in order, one at a time | `domain::outbox::tests::per_chat_order_holds`, `it::story` |
+//! | statuses only climb | `domain::message::tests::the_ladder_only_climbs_whatever_the_order` |
+//! | the same request id sends once | `it::contract::the_same_request_id_sends_once` |
+//! | events are numbered without a gap | `it::story::what_a_phone_writes_arrives_as_webhook_event_and_history` |
+//! | no Signal message key is used twice | the sandbox counts; `it::restart`, `it::story`, the demo |
+//! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
+//! | never two sockets of one number | the sandbox counts; `it::failures::a_dropped_socket_reconnects` |
+//! | one number's crash is nobody else's | `it::failures::a_panic_restarts_one_number_alone` |
+//! | nothing of one tenant is seen by another | `it::isolation` |
+//! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
+//! | folders stay apart | `tests/tidy.rs` |
 
 pub mod api;
 pub mod cli;

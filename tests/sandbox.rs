@@ -1,6 +1,18 @@
 //! Unmodified whatsapp-rust clients against the sandbox in this process: linking, chatting both ways, being away, being
 //! kicked, losing sessions. Everything waits on conditions with a deadline; nothing sleeps and hopes.
 #![cfg(feature = "sandbox")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::exit,
+    clippy::large_futures,
+    unreachable_pub,
+    missing_docs,
+    reason = "a test that cannot go on may panic"
+)]
 
 use async_trait::async_trait;
 use futures_util::{SinkExt, StreamExt};

@@ -335,10 +335,10 @@ fn functions_fit_a_screen() {
             match listed {
                 Some((_, _, most)) if lines <= *most => drop(long.insert((file.path.clone(), name))),
                 Some((_, _, most)) => {
-                    problems.push(format!("{}: `{name}` grew from {most} to {lines} lines", file.path))
+                    problems.push(format!("{}: `{name}` grew from {most} to {lines} lines", file.path));
                 }
                 None => {
-                    problems.push(format!("{}: `{name}` has {lines} lines, at most {FUNCTION_LINES_MAX}", file.path))
+                    problems.push(format!("{}: `{name}` has {lines} lines, at most {FUNCTION_LINES_MAX}", file.path));
                 }
             }
         }

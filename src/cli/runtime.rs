@@ -48,7 +48,10 @@ fn complain(text: &str) {
 }
 
 fn load(file: Option<&Path>) -> Result<Config, ExitCode> {
-    Config::load(file, std::env::vars()).map_err(|mistakes| {
+    // `vars` panics on any variable that is not UTF-8, also on those of others.
+    let env = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.to_string_lossy().into_owned())));
+    Config::load(file, env).map_err(|mistakes| {
         complain(&mistakes.to_string());
         exit::code(exit::CONFIG)
     })

@@ -212,9 +212,13 @@ impl Life {
     }
 
     /// The same life after a restart of the process or of the actor: no connection exists any more, everything
-    /// that must not connect by itself stays as it was.
+    /// that must not connect by itself stays as it was. Credentials found on disk while linking mean that the crash
+    /// came between the phone's consent and our note of it.
     #[must_use]
-    pub fn revived(mut self, now: Timestamp) -> Self {
+    pub fn revived(mut self, has_credentials: bool, now: Timestamp) -> Self {
+        if self.state == State::Linking {
+            self.linked |= has_credentials;
+        }
         let state = match self.state {
             State::Linking if self.linked => State::Offline { retry_at: now },
             State::Linking => State::Unlinked,
@@ -612,10 +616,10 @@ mod tests {
         for state in [State::Online, State::Connecting, State::AwaitingGate] {
             let mut life = online();
             life.state = state;
-            assert_eq!(life.revived(NOW).state, State::Offline { retry_at: NOW });
+            assert_eq!(life.revived(true, NOW).state, State::Offline { retry_at: NOW });
         }
         let mut parked = online();
         parked.state = State::Parked { until: Timestamp(NOW.0 + 5) };
-        assert_eq!(parked.clone().revived(NOW).state, parked.state);
+        assert_eq!(parked.clone().revived(true, NOW).state, parked.state);
     }
 }

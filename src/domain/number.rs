@@ -274,6 +274,8 @@ struct Pending {
 pub struct Snapshot {
     /// Its life, if it ever had one.
     pub life: Option<Life>,
+    /// Whether credentials are stored: they become durable before the life that knows of them.
+    pub has_credentials: bool,
     /// High-water marks.
     pub counters: Counters,
     /// Unsettled sends, in order.
@@ -318,7 +320,7 @@ impl Number {
     #[must_use]
     pub fn restore(id: NumberId, snapshot: Snapshot, limits: Limits, now: Timestamp) -> (Self, Vec<Effect>) {
         let is_new = snapshot.life.is_none();
-        let life = snapshot.life.map_or_else(|| Life::new(now), |life| life.revived(now));
+        let life = snapshot.life.map_or_else(|| Life::new(now), |life| life.revived(snapshot.has_credentials, now));
         let mut deliveries = Deliveries::default();
         for (endpoint, queued) in snapshot.endpoints {
             deliveries.add_endpoint(endpoint, queued);

@@ -14,7 +14,8 @@ use super::message::{
     Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, Waiter,
 };
 use crate::domain::change::IdempotencyRecord;
-use crate::domain::id::EventSeq;
+use crate::domain::close::CloseReason;
+use crate::domain::id::{EventSeq, NumberId};
 use crate::domain::lifecycle;
 use crate::domain::message::FailureCode;
 use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
@@ -130,9 +131,9 @@ impl Actor for NumberActor {
             deliveries: JoinSet::new(),
             draining: false,
         };
-        let (store, number) = (state.environment.store.clone(), state.handle.id());
+        let (environment, number) = (state.environment.clone(), state.handle.id());
         state.tasks.spawn(async move {
-            let loaded = load(&store, number, volume).await;
+            let loaded = load(&environment, number, volume).await;
             let _ = myself.cast(Inner::Loaded(loaded).into());
         });
         Ok(state)
@@ -197,13 +198,10 @@ impl Actor for NumberActor {
     }
 }
 
-async fn load(
-    store: &crate::store::layout::Store,
-    number: crate::domain::id::NumberId,
-    volume: u8,
-) -> Result<(NumberStore, Snapshot), StoreError> {
-    let store = store.claim(number, volume).await?;
-    let snapshot = store.load().await?;
+async fn load(environment: &Environment, number: NumberId, volume: u8) -> Result<(NumberStore, Snapshot), StoreError> {
+    let store = environment.store.claim(number, volume).await?;
+    let mut snapshot = store.load().await?;
+    snapshot.has_credentials = environment.opener.is_linked(&store).await;
     Ok((store, snapshot))
 }
 
@@ -353,7 +351,9 @@ impl NumberState {
             }
             FromSession::Closed(reason) => {
                 metrics::connection_closed(reason.code());
-                self.handle.stats().reconnects.add(1);
+                if reason != CloseReason::Requested {
+                    self.handle.stats().reconnects.add(1);
+                }
                 self.turn = None;
                 self.connection = Connection::None;
                 let backoff = self.backoff.next_delay(&self.environment.random);
@@ -372,13 +372,7 @@ impl NumberState {
         let life = number.life();
         stats.set_state(life.state.code(), life.state == lifecycle::State::Online);
         stats.set_desired_up(life.desired == lifecycle::Desired::Running && life.linked);
-        let seen = self.handle.view();
-        let same = seen.state == life.state
-            && seen.since == life.since
-            && seen.reason == life.reason
-            && seen.desired == life.desired
-            && seen.linked == life.linked;
-        if same {
+        if self.handle.shows(life) {
             return;
         }
         self.handle.change_view(|view| {

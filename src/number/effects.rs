@@ -65,7 +65,7 @@ impl NumberState {
         let Some(Loaded { number, .. }) = &self.loaded else { return };
         let priority = if number.purpose() == Purpose::Pair {
             Priority::Person
-        } else if !number.life().reason.is_empty() {
+        } else if !matches!(number.life().reason.as_str(), "" | "RECYCLED" | "REQUESTED") {
             Priority::Failed
         } else if !number.outbox().is_empty() {
             Priority::Waiting

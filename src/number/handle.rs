@@ -12,7 +12,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused};
 use crate::domain::delivery::Endpoint;
 use crate::domain::id::{EventSeq, NumberId, TenantId};
-use crate::domain::lifecycle::{Desired, State};
+use crate::domain::lifecycle::{Desired, Life, State};
 use crate::domain::message::Content;
 use crate::domain::number::SendRequest;
 use crate::domain::phone::{Contact, Phone};
@@ -177,6 +177,16 @@ impl NumberHandle {
         self.view.borrow().clone()
     }
 
+    /// Whether the view tells this life already.
+    pub(crate) fn shows(&self, life: &Life) -> bool {
+        let view = self.view.borrow();
+        view.state == life.state
+            && view.since == life.since
+            && view.reason == life.reason
+            && view.desired == life.desired
+            && view.linked == life.linked
+    }
+
     /// Follows what can be seen of it.
     #[must_use]
     pub fn watch_view(&self) -> watch::Receiver<NumberView> {
@@ -238,8 +248,7 @@ impl NumberHandle {
             return None;
         }
         let started = incarnations.wait_for(Option::is_some);
-        let found = tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone();
-        found
+        tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone()
     }
 
     /// Accepts a send: durable when this returns `Ok`. Cancelling the call does not undo it.

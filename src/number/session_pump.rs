@@ -48,6 +48,11 @@ impl SessionPump {
             self.tell(FromSession::Closed(CloseReason::Crashed), None);
             return;
         };
+        // Linking starts only from a state in which the old credentials, if any, are dead.
+        if matches!(self.purpose, OpenPurpose::Pair { .. }) && self.opener.forget(&self.store).await.is_err() {
+            self.tell(FromSession::Closed(CloseReason::StoreFailed), None);
+            return;
+        }
         let (events, mut incoming) = mpsc::channel(EVENTS_MAX);
         let request = OpenRequest {
             store: self.store.clone(),

@@ -1,9 +1,11 @@
 //! How the actor of a number gets a session without knowing which protocol it will speak.
 
+use async_trait::async_trait;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::contract::{SessionEvent, SessionHandle};
 use crate::domain::phone::Phone;
+use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
 
 /// What the session is for.
@@ -34,7 +36,17 @@ pub struct OpenRequest {
 }
 
 /// Opens sessions of one kind.
+#[async_trait]
 pub trait Opener: Send + Sync {
     /// Starts a session and returns at once. It ends with exactly one `Closed`.
     fn open(&self, request: OpenRequest) -> SessionHandle;
+
+    /// Whether the store holds credentials.
+    async fn is_linked(&self, store: &NumberStore) -> bool;
+
+    /// Drops the credentials and everything that belongs to them; a new link must not inherit any of it.
+    ///
+    /// # Errors
+    /// When the store fails.
+    async fn forget(&self, store: &NumberStore) -> Result<(), StoreError>;
 }

@@ -142,7 +142,7 @@ impl NumberStore {
             let queued = self.scan_all(Tag::Delivery, &endpoint.ordinal.to_be_bytes()).await?.len();
             endpoints.push((endpoint, queued as u64));
         }
-        Ok(Snapshot { life, counters, outbox, endpoints })
+        Ok(Snapshot { life, has_credentials: false, counters, outbox, endpoints })
     }
 
     async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {

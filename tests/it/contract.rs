@@ -97,6 +97,13 @@ async fn health_probes_and_metrics_answer() {
     for family in ["switchboard_accept_seconds", "switchboard_gate_grants_total", "switchboard_committer_units_total"] {
         assert!(metrics.contains(family), "{family}");
     }
+    // What the alerts ask for must exist.
+    let rules = include_str!("../../deploy/prometheus/rules.yml");
+    for name in
+        rules.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|word| word.starts_with("switchboard_"))
+    {
+        assert!(metrics.contains(&format!("\n{name}")), "{name} is not in /metrics");
+    }
     let channel = tonic::transport::Endpoint::from_shared(format!("http://{}", world.api())).unwrap();
     let channel = channel.connect().await.unwrap();
     let mut health = tonic_health::pb::health_client::HealthClient::new(channel.clone());

@@ -15,15 +15,15 @@ use switchboard::demo::sink::{Received, Sink};
 use switchboard::sandbox::server::{RunningSandbox, Sandbox, SandboxConfig};
 
 /// Longest any condition may take on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 static WORLDS: AtomicU32 = AtomicU32::new(0);
 
 /// A directory that goes away.
-pub struct Directory(pub PathBuf);
+pub(crate) struct Directory(pub(crate) PathBuf);
 
 impl Directory {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let count = WORLDS.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("switchboard-it-{}-{count}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
@@ -38,14 +38,14 @@ impl Drop for Directory {
 }
 
 /// The daemon as a child process.
-pub struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
-    pub api: SocketAddr,
-    pub admin: SocketAddr,
+    pub(crate) api: SocketAddr,
+    pub(crate) admin: SocketAddr,
 }
 
 impl Daemon {
-    pub fn start(directory: &Directory, ws_url: &str, settings: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(directory: &Directory, ws_url: &str, settings: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_switchboard"));
         command.arg("serve").stderr(Stdio::piped()).stdin(Stdio::null());
         let defaults = [
@@ -85,20 +85,16 @@ impl Daemon {
     }
 
     /// SIGKILL: no goodbye.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// SIGTERM, and the exit status.
-    pub fn terminate(&mut self) -> Option<i32> {
+    pub(crate) fn terminate(&mut self) -> Option<i32> {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
         self.child.wait().unwrap().code()
-    }
-
-    pub fn resident_pid(&self) -> u32 {
-        self.child.id()
     }
 }
 
@@ -109,60 +105,58 @@ impl Drop for Daemon {
     }
 }
 
-pub struct World {
-    pub sandbox: RunningSandbox,
-    pub daemon: Option<Daemon>,
-    pub sink: Sink,
-    pub phones: Phones,
-    pub operator: Caller,
-    pub operator_key: String,
+pub(crate) struct World {
+    pub(crate) sandbox: RunningSandbox,
+    pub(crate) daemon: Option<Daemon>,
+    pub(crate) sink: Sink,
+    pub(crate) phones: Phones,
+    pub(crate) operator: Caller,
     settings: Vec<(&'static str, &'static str)>,
     directory: Directory,
 }
 
 impl World {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         Self::with(&[]).await
     }
 
-    pub async fn with(settings: &[(&'static str, &'static str)]) -> Self {
+    pub(crate) async fn with(settings: &[(&'static str, &'static str)]) -> Self {
         let directory = Directory::new();
         let listen = vec!["127.0.0.1:0".parse().unwrap()];
         let sandbox = Sandbox::start(SandboxConfig { listen, data: None, seed: 7 }).await.unwrap();
         let daemon = Daemon::start(&directory, &sandbox.ws_url(), settings);
         let key = std::fs::read_to_string(directory.0.join("data/keys/operator.key")).unwrap();
-        let operator_key = key.trim().to_owned();
-        let operator = Caller::connect(daemon.api, &operator_key).await.unwrap();
+        let operator = Caller::connect(daemon.api, key.trim()).await.unwrap();
         let phones = Phones { sandbox: sandbox.addr() };
         let sink = Sink::start().await.unwrap();
         let settings = settings.to_vec();
-        Self { sandbox, daemon: Some(daemon), sink, phones, operator, operator_key, settings, directory }
+        Self { sandbox, daemon: Some(daemon), sink, phones, operator, settings, directory }
     }
 
-    pub fn api(&self) -> SocketAddr {
+    pub(crate) fn api(&self) -> SocketAddr {
         self.daemon.as_ref().unwrap().api
     }
 
-    pub fn admin(&self) -> SocketAddr {
+    pub(crate) fn admin(&self) -> SocketAddr {
         self.daemon.as_ref().unwrap().admin
     }
 
     /// Kills the daemon and starts it again on the same data. Callers made before must connect again.
-    pub fn kill_and_restart(&mut self) {
+    pub(crate) fn kill_and_restart(&mut self) {
         self.daemon.take().unwrap().kill();
         self.start_again();
     }
 
-    pub fn start_again(&mut self) {
+    pub(crate) fn start_again(&mut self) {
         self.daemon = Some(Daemon::start(&self.directory, &self.sandbox.ws_url(), &self.settings));
     }
 
-    pub async fn caller(&self, key: &str) -> Caller {
+    pub(crate) async fn caller(&self, key: &str) -> Caller {
         Caller::connect(self.api(), key).await.unwrap()
     }
 
     /// A tenant with linked, subscribed numbers.
-    pub async fn tenant(&self, name: &str, phones: &[&str]) -> (Caller, String, Vec<OwnedNumber>) {
+    pub(crate) async fn tenant(&self, name: &str, phones: &[&str]) -> (Caller, String, Vec<OwnedNumber>) {
         let (tenant, key) = self.operator.create_tenant(name).await.unwrap();
         let mut numbers = Vec::new();
         for phone in phones {
@@ -174,7 +168,7 @@ impl World {
         (tenant, key, numbers)
     }
 
-    pub async fn subscribe(&self, number: &OwnedNumber) {
+    pub(crate) async fn subscribe(&self, number: &OwnedNumber) {
         let request = proto::CreateWebhookRequest {
             url: self.sink.url(&number.id),
             events: vec!["*".to_owned()],
@@ -184,7 +178,7 @@ impl World {
         self.sink.expect(&number.id, &made.secret);
     }
 
-    pub async fn link(&self, tenant: &Caller, number: &OwnedNumber) {
+    pub(crate) async fn link(&self, tenant: &Caller, number: &OwnedNumber) {
         let request = proto::PairNumberRequest { number: number.id.clone() };
         let mut steps = tenant.numbers().pair_number(request).await.unwrap().into_inner();
         let mut scanned = false;
@@ -205,13 +199,13 @@ impl World {
         tokio::time::timeout(PATIENCE, linked).await.expect("linking took too long");
     }
 
-    pub async fn number(&self, tenant: &Caller, id: &str) -> proto::Number {
+    pub(crate) async fn number(&self, tenant: &Caller, id: &str) -> proto::Number {
         let request = proto::GetNumberRequest { number: id.to_owned() };
         tenant.numbers().get_number(request).await.unwrap().into_inner()
     }
 
     /// Waits until the number is in the state.
-    pub async fn until_state(&self, tenant: &Caller, id: &str, state: proto::NumberState) -> proto::Number {
+    pub(crate) async fn until_state(&self, tenant: &Caller, id: &str, state: proto::NumberState) -> proto::Number {
         until(&format!("{id} is {state:?}"), async || {
             let number = self.number(tenant, id).await;
             (number.state() == state).then_some(number)
@@ -219,7 +213,12 @@ impl World {
         .await
     }
 
-    pub async fn webhook(&self, number: &OwnedNumber, event: &str, fits: impl Fn(&Received) -> bool) -> Received {
+    pub(crate) async fn webhook(
+        &self,
+        number: &OwnedNumber,
+        event: &str,
+        fits: impl Fn(&Received) -> bool,
+    ) -> Received {
         let of_number =
             |received: &Received| received.event() == event && received.subscription == number.id && fits(received);
         let found = self.sink.wait_for(PATIENCE, of_number).await;
@@ -227,17 +226,17 @@ impl World {
     }
 
     /// How often a phone shows a text.
-    pub async fn copies(&self, phone: &str, text: &str) -> usize {
+    pub(crate) async fn copies(&self, phone: &str, text: &str) -> usize {
         let shown = self.phones.shown(phone).await.unwrap();
         shown.iter().filter(|message| message["text"] == text).count()
     }
 
-    pub async fn metrics(&self) -> String {
+    pub(crate) async fn metrics(&self) -> String {
         call(self.admin(), "GET", "/metrics", &[], "").await.unwrap()
     }
 
     /// The value of a per-number series.
-    pub async fn metric(&self, family: &str, number: &str) -> f64 {
+    pub(crate) async fn metric(&self, family: &str, number: &str) -> f64 {
         let text = self.metrics().await;
         let line = text.lines().find(|line| line.starts_with(&format!("{family}{{")) && line.contains(number));
         line.and_then(|line| line.rsplit(' ').next()).and_then(|value| value.parse().ok()).unwrap_or(f64::NAN)
@@ -245,7 +244,7 @@ impl World {
 }
 
 /// Tries until there is a value, for as long as anything may take.
-pub async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
     let begun = Instant::now();
     let mut pause = Duration::from_millis(5);
     loop {
