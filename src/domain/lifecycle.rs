@@ -329,6 +329,8 @@ impl Life {
 
     fn granted(&mut self, now: Timestamp) -> Vec<Effect> {
         match self.state {
+            // Stopped while it waited; the turn came all the same.
+            State::Linking if self.desired == Desired::Stopped => vec![Effect::LeaveGate],
             State::Linking => vec![Effect::Open(Purpose::Pair)],
             State::AwaitingGate => {
                 self.enter(State::Connecting, now);
@@ -551,6 +553,14 @@ mod tests {
         assert_eq!(life.step(Input::Granted, NOW), vec![Effect::Open(Purpose::Pair)]);
         life.step(Input::Closed { reason: CloseReason::ConnectionLost, backoff: BACKOFF }, NOW);
         assert_eq!(life.state, State::Unlinked);
+    }
+
+    #[test]
+    fn a_turn_that_comes_after_the_stop_opens_nothing() {
+        let mut life = Life::new(NOW);
+        life.step(Input::Pair, NOW);
+        life.step(Input::Stop, NOW);
+        assert_eq!(life.step(Input::Granted, NOW), vec![Effect::LeaveGate]);
     }
 
     fn inputs() -> impl Strategy<Value = Input> {
