@@ -592,10 +592,17 @@ async fn a_refused_login_has_its_reason() {
 async fn sends_answer_what_became_of_them() {
     let world = World::start("sends").await;
     let mut alice = world.provisioned(1, ALICE).await;
-    alice.connect();
     let bob = Contact::of_phone(Phone::parse(BOB).unwrap());
+
+    // A login that hangs: the session is open and not online.
+    let order = format!(r#"{{"phone":"{ALICE}","mute_iq":["passive"]}}"#);
+    world.post("/admin/fault", &order).await;
+    alice.connect();
     let (too_early, _) = alice.send(&bob, "too early");
     assert_eq!(alice.written(too_early).await, Err(SendError::Offline));
+    alice.close().await;
+    world.post("/admin/fault", r#"{"clear":true}"#).await;
+    alice.connect();
     alice.online().await;
 
     world.post(&format!("/admin/mock-phone/absent?phone={CAROL}"), "").await;

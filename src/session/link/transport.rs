@@ -36,6 +36,9 @@ const READ_BUFFER_BYTES: usize = 4096;
 const FRAME_BYTES_MAX: usize = 16 << 20;
 /// How long a write may wait for the peer to read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long reading goes on after a failed write. A server that ends a connection says why and closes; our next
+/// write then fails while its words still wait to be read.
+const LAST_WORDS_WITHIN: Duration = Duration::from_millis(500);
 /// How long closing may take before the socket is simply dropped.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a new connection waits for the previous socket of the same session.
@@ -105,7 +108,7 @@ impl SocketSlot {
     pub(super) async fn close(&self) {
         let current = lock(&self.current).upgrade();
         if let Some(transport) = current {
-            transport.disconnect().await;
+            transport.abandon().await;
         }
     }
 
@@ -197,7 +200,7 @@ impl TransportFactory for LinkTransportFactory {
         let lease = Arc::new(lease);
         let (sink, stream) = socket.split();
         let (events, received) = async_channel::bounded(EVENTS_MAX);
-        let (closing, closed) = watch::channel(false);
+        let (closing, closed) = watch::channel(Closing::No);
         let transport = Arc::new(LinkTransport {
             sink: tokio::sync::Mutex::new(Some(Half { half: sink, lease: lease.clone() })),
             closing,
@@ -237,44 +240,72 @@ fn reason_of(error: &WsError) -> DisconnectReason {
     }
 }
 
+/// Whether the socket is to be closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    No,
+    /// A write failed: nothing more is written, but what has arrived is still read.
+    AfterLastWords,
+    Now,
+}
+
+/// Resolves when reading has to stop.
+async fn stopped(closing: &mut watch::Receiver<Closing>) {
+    let first = closing.wait_for(|closing| *closing != Closing::No).await.map(|closing| *closing);
+    if let Ok(Closing::AfterLastWords) = first {
+        let _ = timeout(LAST_WORDS_WITHIN, closing.wait_for(|closing| *closing == Closing::Now)).await;
+    }
+}
+
+enum Heard {
+    Data(Bytes),
+    Nothing,
+    End(DisconnectReason),
+}
+
+fn heard(message: Option<Result<Message, WsError>>) -> Heard {
+    match message {
+        Some(Ok(Message::Binary(data))) => Heard::Data(data),
+        Some(Ok(Message::Close(frame))) => {
+            let code = frame.as_ref().map(|frame| frame.code.into());
+            Heard::End(DisconnectReason::ServerClose { code, reason: String::new() })
+        }
+        // tungstenite answers pings itself; WhatsApp sends no text.
+        Some(Ok(_)) => Heard::Nothing,
+        Some(Err(error)) => Heard::End(reason_of(&error)),
+        None => Heard::End(DisconnectReason::StreamEnded),
+    }
+}
+
 async fn read(
     mut stream: Half<SplitStream<Socket>>,
     events: Sender<TransportEvent>,
-    mut closed: watch::Receiver<bool>,
+    mut closing: watch::Receiver<Closing>,
 ) {
+    let until_stopped = stopped(&mut closing);
+    tokio::pin!(until_stopped);
     let reason = loop {
         let message = tokio::select! {
             biased;
-            _ = closed.wait_for(|closing| *closing) => {
-                stream.ended(false);
-                break DisconnectReason::Unknown;
-            }
-            message = stream.half.next() => message,
+            () = &mut until_stopped => None,
+            message = stream.half.next() => Some(message),
         };
-        let data = match message {
-            Some(Ok(Message::Binary(data))) => data,
-            Some(Ok(Message::Close(frame))) => {
+        let data = match message.map(heard) {
+            Some(Heard::Data(data)) => data,
+            Some(Heard::Nothing) => continue,
+            Some(Heard::End(reason)) => {
                 stream.ended(true);
-                break DisconnectReason::ServerClose {
-                    code: frame.as_ref().map(|frame| frame.code.into()),
-                    reason: String::new(),
-                };
-            }
-            // tungstenite answers pings itself; WhatsApp sends no text.
-            Some(Ok(_)) => continue,
-            Some(Err(error)) => {
-                stream.ended(true);
-                break reason_of(&error);
+                break reason;
             }
             None => {
-                stream.ended(true);
-                break DisconnectReason::StreamEnded;
+                stream.ended(false);
+                break DisconnectReason::Unknown;
             }
         };
         stream.story().heard = true;
         let taken = tokio::select! {
             biased;
-            _ = closed.wait_for(|closing| *closing) => false,
+            () = &mut until_stopped => false,
             sent = events.send(TransportEvent::DataReceived(data)) => sent.is_ok(),
         };
         if !taken {
@@ -290,44 +321,67 @@ async fn read(
 /// One open socket as the library sees it.
 pub(super) struct LinkTransport {
     sink: tokio::sync::Mutex<Option<Half<SplitSink<Socket, Message>>>>,
-    closing: watch::Sender<bool>,
+    closing: watch::Sender<Closing>,
     signals: Arc<Signals>,
+}
+
+impl LinkTransport {
+    /// Ends the socket at once, unread words included.
+    async fn abandon(&self) {
+        self.closing.send_replace(Closing::Now);
+        self.sink.lock().await.take();
+    }
+
+    fn stop_writing(&self, sink: &mut Option<Half<SplitSink<Socket, Message>>>) {
+        sink.take();
+        self.closing.send_if_modified(|closing| {
+            let first = *closing == Closing::No;
+            if first {
+                *closing = Closing::AfterLastWords;
+            }
+            first
+        });
+    }
 }
 
 #[async_trait]
 impl Transport for LinkTransport {
     async fn send(&self, data: Bytes) -> anyhow::Result<()> {
         self.signals.before_write().await.map_err(anyhow::Error::msg)?;
-        let mut closed = self.closing.subscribe();
+        let mut closing = self.closing.subscribe();
         let mut sink = self.sink.lock().await;
         let Some(open) = sink.as_mut() else {
             bail!("the socket is closed");
         };
         let written = tokio::select! {
             biased;
-            _ = closed.wait_for(|closing| *closing) => bail!("the socket is closing"),
+            _ = closing.wait_for(|closing| *closing != Closing::No) => bail!("the socket is closing"),
             written = timeout(WRITE_TIMEOUT, open.half.send(Message::Binary(data))) => written,
         };
         match written {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => {
-                sink.take();
+                self.stop_writing(&mut sink);
                 Err(anyhow::Error::msg(format!("write failed: {}", reason_of(&error))))
             }
             Err(_) => {
-                sink.take();
+                self.stop_writing(&mut sink);
                 bail!("the peer does not read")
             }
         }
     }
 
+    /// Idempotent. After a failed write the library calls this at once; the reader then stops by itself.
     async fn disconnect(&self) {
         // Ends a write that waits for the peer, so that the lock below is free at once.
-        let first = !self.closing.send_replace(true);
+        let before = *self.closing.borrow();
+        if before == Closing::No {
+            self.closing.send_replace(Closing::Now);
+        }
         let Some(mut open) = self.sink.lock().await.take() else {
             return;
         };
-        if first {
+        if before == Closing::No {
             let _ = timeout(CLOSE_TIMEOUT, open.half.send(Message::Close(None))).await;
         }
     }
