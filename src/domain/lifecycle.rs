@@ -400,6 +400,10 @@ impl Life {
     }
 
     fn closed(&mut self, reason: &CloseReason, backoff: Duration, now: Timestamp) -> Vec<Effect> {
+        if !self.has_session() {
+            // Nothing was open; what this state waits for is not ended by it.
+            return Vec::new();
+        }
         let pairing = self.state == State::Linking && !self.linked;
         let verdict = self.verdict(reason, backoff, now);
         reason.code().clone_into(&mut self.reason);
@@ -561,6 +565,15 @@ mod tests {
         life.step(Input::Pair, NOW);
         life.step(Input::Stop, NOW);
         assert_eq!(life.step(Input::Granted, NOW), vec![Effect::LeaveGate]);
+    }
+
+    #[test]
+    fn a_close_without_a_session_changes_nothing() {
+        let mut life = online();
+        life.step(Input::Closed { reason: CloseReason::LoggedOut { code: 401 }, backoff: BACKOFF }, NOW);
+        let before = life.clone();
+        assert_eq!(life.step(Input::Closed { reason: CloseReason::Recycled, backoff: BACKOFF }, NOW), Vec::new());
+        assert_eq!(life, before);
     }
 
     fn inputs() -> impl Strategy<Value = Input> {
