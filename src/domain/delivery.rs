@@ -103,6 +103,8 @@ impl Lane {
 #[derive(Debug, Clone, Default)]
 pub struct Deliveries {
     lanes: Vec<Lane>,
+    /// Rows of later events may be read before they are flushed, and are not counted yet.
+    durable_through: EventSeq,
 }
 
 /// A page of an endpoint's rows must be read from disk.
@@ -161,6 +163,11 @@ impl Deliveries {
         self.lanes.iter().filter_map(|lane| lane.window.values().next()).map(|waiting| waiting.row.queued_at).min()
     }
 
+    /// Events up to here are durable, their rows with them.
+    pub fn events_durable(&mut self, through: EventSeq) {
+        self.durable_through = self.durable_through.max(through);
+    }
+
     /// Takes in a row that has become durable.
     pub fn enqueued(&mut self, ordinal: u32, row: DeliveryRow) {
         let Some(lane) = self.lane(ordinal) else { return };
@@ -185,8 +192,10 @@ impl Deliveries {
         pages
     }
 
-    /// A page was read; `rows` are in the order of events.
-    pub fn loaded(&mut self, ordinal: u32, rows: Vec<DeliveryRow>) {
+    /// A page was read; `rows` are in the order of events. Rows that are not durable yet come again by
+    /// [`Self::enqueued`].
+    pub fn loaded(&mut self, ordinal: u32, mut rows: Vec<DeliveryRow>) {
+        rows.retain(|row| row.event <= self.durable_through);
         let Some(lane) = self.lane(ordinal) else { return };
         let counted = lane.loading.take();
         if rows.is_empty() && counted == Some(lane.total) {
@@ -302,6 +311,7 @@ mod tests {
             deliveries.enqueued(1, row(event, u32::try_from(event).unwrap()));
             assert!(deliveries.lanes[0].window.len() <= WINDOW_MAX);
         }
+        deliveries.events_durable(EventSeq(total));
         let mut delivered = Vec::new();
         while deliveries.depth() > 0 {
             for page in deliveries.pages_to_load() {

@@ -112,9 +112,8 @@ impl Records {
 
     /// As the store's `load`.
     pub(crate) fn snapshot(&self, has_credentials: bool) -> Snapshot {
-        let queued = |ordinal: u32| {
-            self.deliveries.range((ordinal, EventSeq(0))..=(ordinal, EventSeq(u64::MAX))).count() as u64
-        };
+        let queued =
+            |ordinal: u32| self.deliveries.range((ordinal, EventSeq(0))..=(ordinal, EventSeq(u64::MAX))).count() as u64;
         Snapshot {
             life: self.life.clone(),
             has_credentials,

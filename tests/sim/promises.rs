@@ -108,7 +108,7 @@ impl Promises {
                     assert_eq!(event.id.seq, EventSeq(events), "the event log has a gap");
                     self.event_flushed(event);
                 }
-                Change::Delivery(endpoint, row) if row.attempts == 0 => {
+                Change::Delivery(endpoint, row) if row.attempts == 0 && self.endpoints.contains_key(endpoint) => {
                     self.owed.insert((*endpoint, row.event));
                 }
                 Change::DeadLetter(endpoint, row) => drop(self.owed.remove(&(*endpoint, row.event))),
@@ -140,8 +140,7 @@ impl Promises {
         let Some(contact) = contact else { panic!("{:?} is filed in a chat nobody can find", record.seq) };
         let person = people::person(contact);
         if record.direction != Direction::Outbound {
-            let name =
-                (person, record.direction, record.whatsapp_id.clone(), record.content.text().to_owned());
+            let name = (person, record.direction, record.whatsapp_id.clone(), record.content.text().to_owned());
             let twice = self.inbound.insert(name, record.seq);
             assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
         }
@@ -310,6 +309,7 @@ impl Promises {
             .filter(|(_, endpoint)| endpoint.active)
             .map(|(ordinal, endpoint)| (*ordinal, endpoint.clone()))
             .collect();
+        self.owed.retain(|(endpoint, _)| durable.endpoints.get(endpoint).is_some_and(|endpoint| endpoint.active));
         match &durable.life {
             Some(life) if life.desired == Desired::Stopped => self.state_changed(State::Stopped),
             // Credentials may be on disk although the phone's consent is not noted yet.

@@ -18,7 +18,7 @@ use super::endpoints::Moods;
 use super::plan::Plan;
 use super::promises::Promises;
 use super::rng::Rng;
-use super::wire::{FromSession, Session, Wire, Whatsapp};
+use super::wire::{FromSession, Session, Whatsapp, Wire};
 
 pub(crate) const NUMBER: NumberId = NumberId(7);
 const START: u64 = 1_700_000_000_000;
