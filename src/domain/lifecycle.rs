@@ -329,6 +329,8 @@ impl Life {
 
     fn granted(&mut self, now: Timestamp) -> Vec<Effect> {
         match self.state {
+            // A turn that was on its way when the operator said stop.
+            State::Linking if self.desired == Desired::Stopped => vec![Effect::LeaveGate],
             State::Linking => vec![Effect::Open(Purpose::Pair)],
             State::AwaitingGate => {
                 self.enter(State::Connecting, now);
@@ -398,6 +400,10 @@ impl Life {
     }
 
     fn closed(&mut self, reason: &CloseReason, backoff: Duration, now: Timestamp) -> Vec<Effect> {
+        if !self.has_session() {
+            // The echo of a close that had nothing to close: it ends no ban and no logout.
+            return Vec::new();
+        }
         let pairing = self.state == State::Linking && !self.linked;
         let verdict = self.verdict(reason, backoff, now);
         reason.code().clone_into(&mut self.reason);
@@ -609,6 +615,19 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_comes_too_late_opens_nothing() {
+        let mut life = Life::new(NOW);
+        life.step(Input::Pair, NOW);
+        life.step(Input::Stop, NOW);
+        assert_eq!(life.step(Input::Granted, NOW), [Effect::LeaveGate], "stopped while its turn was on the way");
+        let mut life = online();
+        life.step(Input::Closed { reason: CloseReason::LoggedOut { code: 401 }, backoff: BACKOFF }, NOW);
+        let late = Input::Closed { reason: CloseReason::Recycled, backoff: BACKOFF };
+        assert_eq!(life.step(late, NOW), [], "there was nothing left to end");
+        assert_eq!(life.state, State::LoggedOut);
     }
 
     #[test]

@@ -1032,3 +1032,78 @@ impl Number {
 fn earliest(one: Option<Timestamp>, other: Timestamp) -> Option<Timestamp> {
     Some(one.map_or(other, |one| one.min(other)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::phone::Phone;
+
+    const NOW: Timestamp = Timestamp(1_000_000);
+
+    fn number() -> Number {
+        Number::restore(NumberId(1), Snapshot::default(), Limits::LINKED, NOW).0
+    }
+
+    fn send(phone: &str, request: Option<u8>) -> Input {
+        let request = SendRequest {
+            to: Contact::of_phone(Phone::parse(phone).unwrap()),
+            chat: None,
+            content: Content::Text("hello".to_owned()),
+            whatsapp_id: phone.to_owned(),
+            correlation_id: None,
+            idempotency: request.map(|id| (IdempotencyKey([id; 16]), [0; 32])),
+        };
+        Input::Send(Box::new(request), ReplyId(1))
+    }
+
+    fn commits(effects: Vec<Effect>) -> Vec<Commit> {
+        let commits = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Commit(commit) => Some(commit),
+            _ => None,
+        });
+        commits.collect()
+    }
+
+    #[test]
+    fn a_refused_request_id_takes_no_chat_with_it() {
+        let written = commits(number().step(send("5511999999999", Some(1)), NOW));
+        let [chat, message] = written.as_slice() else { panic!("{written:?}") };
+        assert!(matches!(chat.changes[..], [Change::Chat(..), Change::Counters(_)]) && chat.unless_known.is_none());
+        assert!(message.unless_known.is_some() && message.durable);
+        assert!(!message.changes.iter().any(|change| matches!(change, Change::Chat(..))));
+    }
+
+    #[test]
+    fn both_addresses_of_a_known_chat_are_learnt() {
+        let mut number = number();
+        let mut contact = Contact::of_phone(Phone::parse("5511999999999").unwrap());
+        assert_eq!(number.chat_for(&contact, Some(ChatNo(4)), &mut Draft::default()), ChatNo(4));
+        contact.lid = Some(crate::domain::phone::Lid("77".into()));
+        let mut draft = Draft::default();
+        assert_eq!(number.chat_for(&contact, Some(ChatNo(4)), &mut draft), ChatNo(4));
+        assert_eq!(draft.changes, [Change::Chat(ChatNo(4), contact.clone())]);
+        let mut draft = Draft::default();
+        number.chat_for(&contact, Some(ChatNo(4)), &mut draft);
+        assert!(draft.changes.is_empty(), "once is enough");
+    }
+
+    #[test]
+    fn every_event_is_durable_before_it_is_shown() {
+        let mut number = number();
+        let mut draft = Draft::default();
+        number.record_event(EventBody::NumberConnected, NOW, &mut draft);
+        assert!(draft.durable);
+    }
+
+    #[test]
+    fn who_goes_down_neither_spins_nor_queues_up() {
+        let mut number = number();
+        number.life.linked = true;
+        number.life.state = State::Offline { retry_at: NOW };
+        number.step(Input::Drain, NOW);
+        number.step(Input::Tick, NOW);
+        assert_eq!(number.next_wake(), None);
+        let effects = number.step(Input::Life(lifecycle::Input::Start), NOW);
+        assert!(!effects.contains(&Effect::Life(lifecycle::Effect::AskGate)));
+    }
+}

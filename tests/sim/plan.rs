@@ -40,6 +40,8 @@ pub(crate) struct Plan {
     pub(crate) hard_close: u64,
     /// The daemon is asked to drain.
     pub(crate) drain: u64,
+    /// Endpoints that the owner wants at most.
+    pub(crate) endpoints: usize,
     /// People written to and writing.
     pub(crate) people: u64,
     /// What the number is allowed.
@@ -69,7 +71,8 @@ impl Plan {
             answer_lost: rng.pick(&[0, 50, 200]),
             request_id: rng.pick(&[0, 500, 1000]),
             hard_close: rng.pick(&[0, 100, 400]),
-            drain: rng.pick(&[0, 0, 10]),
+            drain: rng.pick(&[0, 30, 300]),
+            endpoints: rng.pick(&[0, 1, 2, 2, 4, 20]),
             people: rng.pick(&[1, 3, 12, 60]),
             limits: rng.pick(&[open, open, brisk, Limits::LINKED]),
             chapter: 500 + rng.below(1000),

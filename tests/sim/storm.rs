@@ -111,7 +111,7 @@ impl World {
                 let index = self.rng.index(3);
                 self.order(input[index].clone());
             }
-            86..88 => self.add_endpoint(),
+            86..88 if self.promises.endpoints().count() < self.plan.endpoints => self.add_endpoint(),
             88 => self.remove_endpoint(),
             89..95 => self.change_mood(),
             95..98 => {

@@ -290,8 +290,10 @@ impl World {
         self.figures.inputs += 1;
         self.count_tick(is_tick, effects.is_empty());
         assert!(!is_tick || wake.is_none_or(|due| due > now), "after a tick the next one is due at once: {wake:?}");
+        if let Some(due) = wake {
+            self.set_timer(due.0);
+        }
         self.perform(effects);
-        self.set_timer();
     }
 
     fn count_tick(&mut self, is_tick: bool, idle: bool) {
@@ -310,14 +312,13 @@ impl World {
     }
 
     /// As the shell does: one timer for the earliest thing due; one that is too early stays.
-    fn set_timer(&mut self) {
-        let Some(due) = self.number.as_ref().and_then(Number::next_wake) else { return };
-        if self.wake.is_some_and(|(set, _)| set <= due.0) {
+    fn set_timer(&mut self, due: u64) {
+        if self.wake.is_some_and(|(set, _)| set <= due) {
             return;
         }
         let no = self.next_no;
-        self.wake = Some((due.0, no));
-        self.inside(due.0.saturating_sub(self.now).max(1), Happens::Wakes(no));
+        self.wake = Some((due, no));
+        self.inside(due.saturating_sub(self.now).max(1), Happens::Wakes(no));
     }
 
     pub(crate) fn perform(&mut self, effects: Vec<Effect>) {
