@@ -60,6 +60,7 @@
 //! | one number's crash is nobody else's | `it::failures::a_panic_restarts_one_number_alone` |
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
+//! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |
 //! | folders stay apart | `tests/tidy.rs` |
 
 pub mod api;

@@ -1,7 +1,7 @@
 //! The webhook queue of one number as far as memory is concerned: per endpoint a window over the rows on disk.
 //! Events of one chat go in order; a slow endpoint only delays itself.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,18 @@ impl Lane {
         self.window.values().filter(|waiting| waiting.in_flight).count()
     }
 
+    /// The rows that are first of their chat, in order. The window is small: a list beats hashing at every step.
+    fn heads(&self) -> impl Iterator<Item = &Waiting> {
+        let mut chats: Vec<Option<ChatNo>> = Vec::new();
+        self.window.values().filter(move |waiting| {
+            let first = !chats.contains(&waiting.row.chat);
+            if first {
+                chats.push(waiting.row.chat);
+            }
+            first
+        })
+    }
+
     fn has_more_on_disk(&self) -> bool {
         self.total > self.window.len() as u64
     }
@@ -103,6 +115,8 @@ impl Lane {
 #[derive(Debug, Clone, Default)]
 pub struct Deliveries {
     lanes: Vec<Lane>,
+    /// Rows of later events may be read before they are flushed, and are not counted yet.
+    durable_through: EventSeq,
 }
 
 /// A page of an endpoint's rows must be read from disk.
@@ -161,6 +175,11 @@ impl Deliveries {
         self.lanes.iter().filter_map(|lane| lane.window.values().next()).map(|waiting| waiting.row.queued_at).min()
     }
 
+    /// Events up to here are durable, their rows with them.
+    pub fn events_durable(&mut self, through: EventSeq) {
+        self.durable_through = self.durable_through.max(through);
+    }
+
     /// Takes in a row that has become durable.
     pub fn enqueued(&mut self, ordinal: u32, row: DeliveryRow) {
         let Some(lane) = self.lane(ordinal) else { return };
@@ -185,8 +204,10 @@ impl Deliveries {
         pages
     }
 
-    /// A page was read; `rows` are in the order of events.
-    pub fn loaded(&mut self, ordinal: u32, rows: Vec<DeliveryRow>) {
+    /// A page was read; `rows` are in the order of events. Rows that are not durable yet come again by
+    /// [`Self::enqueued`].
+    pub fn loaded(&mut self, ordinal: u32, mut rows: Vec<DeliveryRow>) {
+        rows.retain(|row| row.event <= self.durable_through);
         let Some(lane) = self.lane(ordinal) else { return };
         let counted = lane.loading.take();
         if rows.is_empty() && counted == Some(lane.total) {
@@ -203,18 +224,14 @@ impl Deliveries {
     pub fn take_due(&mut self, now: Timestamp) -> Vec<(u32, DeliveryRow)> {
         let mut taken = Vec::new();
         for lane in self.lanes.iter_mut().filter(|lane| lane.endpoint.active) {
-            let mut free = IN_FLIGHT_MAX.saturating_sub(lane.in_flight());
-            let mut seen: HashSet<Option<ChatNo>> = HashSet::new();
-            for waiting in lane.window.values_mut() {
-                if free == 0 {
-                    break;
-                }
-                let first_of_chat = seen.insert(waiting.row.chat);
-                if first_of_chat && !waiting.in_flight && waiting.row.due <= now {
+            let free = IN_FLIGHT_MAX.saturating_sub(lane.in_flight());
+            let idle = lane.heads().filter(|waiting| !waiting.in_flight && waiting.row.due <= now);
+            let due: Vec<DeliveryRow> = idle.take(free).map(|waiting| waiting.row).collect();
+            for row in due {
+                if let Some(waiting) = lane.window.get_mut(&row.event) {
                     waiting.in_flight = true;
-                    free -= 1;
-                    taken.push((lane.endpoint.ordinal, waiting.row));
                 }
+                taken.push((lane.endpoint.ordinal, row));
             }
         }
         taken
@@ -241,16 +258,8 @@ impl Deliveries {
     #[must_use]
     pub fn next_due(&self) -> Option<Timestamp> {
         let active = self.lanes.iter().filter(|lane| lane.endpoint.active && lane.in_flight() < IN_FLIGHT_MAX);
-        let mut next: Option<Timestamp> = None;
-        for lane in active {
-            let mut seen: HashSet<Option<ChatNo>> = HashSet::new();
-            for waiting in lane.window.values() {
-                if seen.insert(waiting.row.chat) && !waiting.in_flight {
-                    next = Some(next.map_or(waiting.row.due, |earliest| earliest.min(waiting.row.due)));
-                }
-            }
-        }
-        next
+        let idle = active.flat_map(Lane::heads).filter(|waiting| !waiting.in_flight);
+        idle.map(|waiting| waiting.row.due).min()
     }
 }
 
@@ -294,6 +303,22 @@ mod tests {
     }
 
     #[test]
+    fn a_row_that_is_read_before_its_flush_waits_for_it() {
+        let mut deliveries = Deliveries::default();
+        deliveries.add_endpoint(endpoint(1), 1);
+        deliveries.events_durable(EventSeq(1));
+        assert_eq!(deliveries.pages_to_load().len(), 1);
+        deliveries.loaded(1, vec![row(1, 1), row(2, 2)]);
+        assert_eq!(deliveries.take_due(Timestamp(0)), [(1, row(1, 1))], "2 may still be lost in a crash");
+        deliveries.events_durable(EventSeq(2));
+        deliveries.enqueued(1, row(2, 2));
+        assert_eq!(deliveries.take_due(Timestamp(0)), [(1, row(2, 2))]);
+        deliveries.done(1, EventSeq(1));
+        deliveries.done(1, EventSeq(2));
+        assert_eq!((deliveries.depth(), deliveries.pages_to_load()), (0, Vec::new()));
+    }
+
+    #[test]
     fn memory_stays_flat_and_nothing_is_skipped() {
         let mut deliveries = Deliveries::default();
         deliveries.add_endpoint(endpoint(1), 0);
@@ -302,6 +327,7 @@ mod tests {
             deliveries.enqueued(1, row(event, u32::try_from(event).unwrap()));
             assert!(deliveries.lanes[0].window.len() <= WINDOW_MAX);
         }
+        deliveries.events_durable(EventSeq(total));
         let mut delivered = Vec::new();
         while deliveries.depth() > 0 {
             for page in deliveries.pages_to_load() {

@@ -117,7 +117,7 @@ text_form!(TenantId, "ten", 1, |[n]: [u64; 1]| Some(TenantId(n)), |id: TenantId|
 pub struct MessageSeq(pub u64);
 
 /// Position of an event in its number's gap-free log; the first event is 1.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct EventSeq(pub u64);
 
 /// A message as customers name it.

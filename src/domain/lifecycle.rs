@@ -635,6 +635,19 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_too_late_opens_nothing() {
+        let mut life = Life::new(NOW);
+        life.step(Input::Pair, NOW);
+        life.step(Input::Stop, NOW);
+        assert_eq!(life.step(Input::Granted, NOW), [Effect::LeaveGate], "stopped while its turn was on the way");
+        let mut life = online();
+        life.step(Input::Closed { reason: CloseReason::LoggedOut { code: 401 }, backoff: BACKOFF }, NOW);
+        let late = Input::Closed { reason: CloseReason::Recycled, backoff: BACKOFF };
+        assert_eq!(life.step(late, NOW), [], "there was nothing left to end");
+        assert_eq!(life.state, State::LoggedOut);
+    }
+
+    #[test]
     fn a_revived_life_never_claims_a_connection() {
         for state in [State::Online, State::Connecting, State::AwaitingGate] {
             let mut life = online();

@@ -1,7 +1,7 @@
 //! The whole number as a pure machine: what it knows, what can happen to it, what must be done. The actor around
 //! it only performs. Whatever must wait for the disk waits for [`Input::Stored`]; nothing is answered before.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::ack;
@@ -25,6 +25,8 @@ pub const IDEMPOTENCY_KEPT: Duration = Duration::from_secs(25 * 3600);
 const FRESH_CHATS_MAX: usize = 1024;
 /// Messages whose progress the disk may not show yet.
 const RECENT_PROGRESS_MAX: usize = 256;
+/// Inbound messages that somebody who looked at the disk a moment ago may not have found there.
+const RECENT_SEEN_MAX: usize = 256;
 
 /// Names a commit; answered by [`Input::Stored`] in the order of the commits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -262,10 +264,18 @@ enum Then {
     EndpointAdded(Box<Endpoint>),
 }
 
+/// A commit's precondition: the request id is new. Otherwise the caller is answered from its record.
+#[derive(Debug, Clone, Copy)]
+struct UnlessKnown {
+    key: IdempotencyKey,
+    body: [u8; 32],
+    reply: ReplyId,
+}
+
 #[derive(Debug)]
 struct Pending {
     ticket: Ticket,
-    unless_known: Option<(IdempotencyKey, [u8; 32], ReplyId)>,
+    unless_known: Option<UnlessKnown>,
     then: Vec<Then>,
 }
 
@@ -297,7 +307,7 @@ pub struct Number {
     accepting: usize,
     next_ticket: u64,
     fresh_chats: VecDeque<(String, ChatNo)>,
-    fresh_seen: HashMap<SeenKey, Ticket>,
+    recent_seen: VecDeque<SeenKey>,
     recent_progress: VecDeque<(MessageSeq, Progress)>,
     draining: bool,
     /// Since when the connection is not trusted any more and was asked to close.
@@ -310,8 +320,10 @@ pub struct Number {
 struct Draft {
     changes: Vec<Change>,
     then: Vec<Then>,
-    unless_known: Option<(IdempotencyKey, [u8; 32], ReplyId)>,
     durable: bool,
+    /// What is only written if a request id is new: a commit of its own, behind the other one. Nothing that must be
+    /// written in any case may depend on it.
+    conditional: Option<(UnlessKnown, Vec<Change>, Then)>,
     effects: Vec<Effect>,
 }
 
@@ -325,6 +337,7 @@ impl Number {
         for (endpoint, queued) in snapshot.endpoints {
             deliveries.add_endpoint(endpoint, queued);
         }
+        deliveries.events_durable(EventSeq(snapshot.counters.event));
         let mut number = Self {
             id,
             life,
@@ -336,7 +349,7 @@ impl Number {
             accepting: 0,
             next_ticket: 0,
             fresh_chats: VecDeque::new(),
-            fresh_seen: HashMap::new(),
+            recent_seen: VecDeque::new(),
             recent_progress: VecDeque::new(),
             draining: false,
             distrusted_since: None,
@@ -387,6 +400,10 @@ impl Number {
     pub fn next_wake(&self) -> Option<Timestamp> {
         let oldest = if self.distrusted_since.is_none() { self.outbox.oldest_on_wire() } else { None };
         let ack_due = oldest.map(|since| since.after(ack::ACK_TIMEOUT));
+        if self.draining {
+            // Nothing new begins any more, however long it has been due.
+            return ack_due;
+        }
         let sends = if self.life.state == State::Online { self.send_wake } else { None };
         [self.life.state.next_attempt(), sends, ack_due, self.deliveries.next_due()].into_iter().flatten().min()
     }
@@ -419,26 +436,32 @@ impl Number {
             draft.effects.push(Effect::Deliver(endpoint, row));
         }
         draft.effects.extend(self.deliveries.pages_to_load().into_iter().map(Effect::LoadPage));
-        let mut effects = Vec::with_capacity(draft.effects.len() + 2);
+        let mut effects = Vec::with_capacity(draft.effects.len() + 3);
         if !draft.changes.is_empty() || !draft.then.is_empty() {
-            let ticket = Ticket(self.next_ticket);
-            self.next_ticket += 1;
-            for key in self.fresh_seen.values_mut().filter(|fresh| fresh.0 == u64::MAX) {
-                *key = ticket;
-            }
-            effects.push(Effect::Commit(Commit {
-                ticket,
-                changes: draft.changes,
-                unless_known: draft.unless_known.map(|(key, _, _)| key),
-                durable: draft.durable,
-            }));
-            self.pending.push_back(Pending { ticket, unless_known: draft.unless_known, then: draft.then });
+            effects.push(self.commit(draft.changes, draft.then, None, draft.durable));
+        }
+        if let Some((unless_known, changes, then)) = draft.conditional {
+            effects.push(self.commit(changes, vec![then], Some(unless_known), true));
         }
         effects.append(&mut draft.effects);
         if self.draining && self.outbox.in_flight() == 0 && self.pending.is_empty() {
             effects.push(Effect::Drained);
         }
         effects
+    }
+
+    fn commit(
+        &mut self,
+        changes: Vec<Change>,
+        then: Vec<Then>,
+        unless_known: Option<UnlessKnown>,
+        durable: bool,
+    ) -> Effect {
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.pending.push_back(Pending { ticket, unless_known, then });
+        let unless_known = unless_known.map(|condition| condition.key);
+        Effect::Commit(Commit { ticket, changes, unless_known, durable })
     }
 
     // === connection ===
@@ -449,7 +472,15 @@ impl Number {
             lifecycle::Input::Closed { reason, .. } => Some(reason.clone()),
             _ => None,
         };
-        let effects = self.life.step(input, now);
+        if self.draining && input == lifecycle::Input::Granted {
+            draft.effects.push(Effect::Life(lifecycle::Effect::LeaveGate));
+            return;
+        }
+        let mut effects = self.life.step(input, now);
+        if self.draining {
+            // Whoever goes down does not queue up again; the next incarnation does.
+            effects.retain(|effect| *effect != lifecycle::Effect::AskGate);
+        }
         draft.effects.extend(effects.into_iter().map(Effect::Life));
         if closing.is_some() {
             self.distrusted_since = None;
@@ -536,7 +567,7 @@ impl Number {
             attempts: u16::from(claimed),
             not_before: Timestamp(0),
         };
-        draft.changes.push(Change::Message(MessageRecord {
+        let message = MessageRecord {
             seq,
             chat,
             direction: Direction::Outbound,
@@ -546,23 +577,43 @@ impl Number {
             sender_name: None,
             created_at: now,
             written_at: now,
-        }));
-        draft.changes.push(Change::Outbox(row.clone()));
-        if let Some((key, body)) = request.idempotency {
-            let expires_at = now.after(IDEMPOTENCY_KEPT);
-            let record = IdempotencyRecord { body, seq, created_at: now, expires_at };
-            draft.changes.push(Change::Idempotency(key, record));
-            draft.unless_known = Some((key, body, reply));
-        }
-        draft.changes.push(Change::Counters(self.counters));
-        draft.durable = true;
+        };
+        let changes = vec![Change::Message(message), Change::Outbox(row.clone()), Change::Counters(self.counters)];
         let position = self.outbox.len().saturating_sub(self.outbox.in_flight()) + self.accepting - 1;
         let wait = match (claimed, self.may_transmit()) {
             (true, _) => Some(Duration::ZERO),
             (false, true) => Some(self.limiter.predicted(position, now).since(now)),
             (false, false) => None,
         };
-        draft.then.push(Then::Accepted { row, content: request.content, reply, wait, claimed });
+        let then = Then::Accepted { row, content: request.content, reply, wait, claimed };
+        match request.idempotency {
+            None => {
+                draft.changes.extend(changes);
+                draft.then.push(then);
+                draft.durable = true;
+            }
+            Some((key, body)) => self.accept_unless_known(UnlessKnown { key, body, reply }, changes, then, now, draft),
+        }
+    }
+
+    /// The chat is written in any case: sends that follow count on it. Its number was given before this message's.
+    fn accept_unless_known(
+        &self,
+        unless_known: UnlessKnown,
+        mut changes: Vec<Change>,
+        then: Then,
+        now: Timestamp,
+        draft: &mut Draft,
+    ) {
+        if let Then::Accepted { row, .. } = &then {
+            let expires_at = now.after(IDEMPOTENCY_KEPT);
+            let record = IdempotencyRecord { body: unless_known.body, seq: row.seq, created_at: now, expires_at };
+            changes.push(Change::Idempotency(unless_known.key, record));
+        }
+        if !draft.changes.is_empty() {
+            draft.changes.push(Change::Counters(self.counters));
+        }
+        draft.conditional = Some((unless_known, changes, then));
     }
 
     fn may_transmit(&self) -> bool {
@@ -736,11 +787,13 @@ impl Number {
                 whatsapp_id: message.whatsapp_id.clone(),
                 digest: message.digest,
             };
-            if self.fresh_seen.contains_key(&key) {
+            if self.recent_seen.contains(&key) {
                 continue;
             }
-            // Given its commit's ticket at the end of the step.
-            self.fresh_seen.insert(key.clone(), Ticket(u64::MAX));
+            if self.recent_seen.len() >= RECENT_SEEN_MAX {
+                self.recent_seen.pop_front();
+            }
+            self.recent_seen.push_back(key.clone());
             let seq = self.next_message();
             draft.changes.push(Change::Seen(key, seq));
             if message.direction == Direction::Inbound {
@@ -782,7 +835,9 @@ impl Number {
     // === webhooks ===
 
     fn on_add_endpoint(&mut self, mut endpoint: Box<Endpoint>, reply: ReplyId, draft: &mut Draft) {
-        if self.deliveries.endpoints().count() >= super::delivery::ENDPOINTS_MAX {
+        let being_added = self.pending.iter().flat_map(|pending| &pending.then);
+        let being_added = being_added.filter(|then| matches!(then, Then::EndpointAdded(_))).count();
+        if self.deliveries.endpoints().count() + being_added >= super::delivery::ENDPOINTS_MAX {
             draft.effects.push(Effect::Reply(reply, Reply::TooManyEndpoints));
             return;
         }
@@ -838,8 +893,10 @@ impl Number {
         }
     }
 
-    /// Adds an event to the log and queues it for every endpoint that wants it, in the same commit.
+    /// Adds an event to the log and queues it for every endpoint that wants it, in the same commit. Durable also
+    /// without an endpoint: a stream that was shown it must find the same event under its number after a crash.
     fn record_event(&mut self, body: EventBody, now: Timestamp, draft: &mut Draft) {
+        draft.durable = true;
         self.counters.event += 1;
         let seq = EventSeq(self.counters.event);
         let event = Event { id: EventId { number: self.id, seq }, at: now, body };
@@ -849,7 +906,6 @@ impl Number {
         for ordinal in wanting.map(|endpoint| endpoint.ordinal) {
             draft.changes.push(Change::Delivery(ordinal, row));
             draft.then.push(Then::Enqueued(ordinal, row));
-            draft.durable = true;
         }
         draft.changes.push(Change::Event(event));
         draft.changes.push(Change::Counters(self.counters));
@@ -863,14 +919,13 @@ impl Number {
             return;
         };
         assert_eq!(pending.ticket, ticket, "commits are answered in order");
-        self.fresh_seen.retain(|_, fresh| *fresh > ticket);
         if !written {
             for then in &pending.then {
                 if matches!(then, Then::Accepted { .. }) {
                     self.accepting = self.accepting.saturating_sub(1);
                 }
             }
-            if let Some((key, body, reply)) = pending.unless_known {
+            if let Some(UnlessKnown { key, body, reply }) = pending.unless_known {
                 draft.effects.push(Effect::ReplyFromRecord(reply, key, body));
             }
             return;
@@ -887,7 +942,10 @@ impl Number {
                 Then::Claimed { seq, attempts } => self.transmit(seq, attempts, None, now, draft),
                 Then::Reply(reply, answer) => draft.effects.push(Effect::Reply(reply, answer)),
                 Then::Enqueued(endpoint, row) => self.deliveries.enqueued(endpoint, row),
-                Then::EventsVisible(seq) => visible = Some(seq),
+                Then::EventsVisible(seq) => {
+                    self.deliveries.events_durable(seq);
+                    visible = Some(seq);
+                }
                 Then::EndpointAdded(endpoint) => self.deliveries.add_endpoint(*endpoint, 0),
             }
         }
@@ -943,7 +1001,9 @@ impl Number {
             ChatNo(self.counters.chat)
         });
         let all_fresh = addresses.iter().all(|address| fresh(address).is_some());
-        if stored.is_some() || all_fresh {
+        // Found by one address; whether the disk knows the other one too was not asked.
+        let nothing_to_learn = stored.is_some() && addresses.len() < 2;
+        if all_fresh || nothing_to_learn {
             return chat;
         }
         for address in addresses {
@@ -971,4 +1031,79 @@ impl Number {
 
 fn earliest(one: Option<Timestamp>, other: Timestamp) -> Option<Timestamp> {
     Some(one.map_or(other, |one| one.min(other)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::phone::Phone;
+
+    const NOW: Timestamp = Timestamp(1_000_000);
+
+    fn number() -> Number {
+        Number::restore(NumberId(1), Snapshot::default(), Limits::LINKED, NOW).0
+    }
+
+    fn send(phone: &str, request: Option<u8>) -> Input {
+        let request = SendRequest {
+            to: Contact::of_phone(Phone::parse(phone).unwrap()),
+            chat: None,
+            content: Content::Text("hello".to_owned()),
+            whatsapp_id: phone.to_owned(),
+            correlation_id: None,
+            idempotency: request.map(|id| (IdempotencyKey([id; 16]), [0; 32])),
+        };
+        Input::Send(Box::new(request), ReplyId(1))
+    }
+
+    fn commits(effects: Vec<Effect>) -> Vec<Commit> {
+        let commits = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Commit(commit) => Some(commit),
+            _ => None,
+        });
+        commits.collect()
+    }
+
+    #[test]
+    fn a_refused_request_id_takes_no_chat_with_it() {
+        let written = commits(number().step(send("5511999999999", Some(1)), NOW));
+        let [chat, message] = written.as_slice() else { panic!("{written:?}") };
+        assert!(matches!(chat.changes[..], [Change::Chat(..), Change::Counters(_)]) && chat.unless_known.is_none());
+        assert!(message.unless_known.is_some() && message.durable);
+        assert!(!message.changes.iter().any(|change| matches!(change, Change::Chat(..))));
+    }
+
+    #[test]
+    fn both_addresses_of_a_known_chat_are_learnt() {
+        let mut number = number();
+        let mut contact = Contact::of_phone(Phone::parse("5511999999999").unwrap());
+        assert_eq!(number.chat_for(&contact, Some(ChatNo(4)), &mut Draft::default()), ChatNo(4));
+        contact.lid = Some(crate::domain::phone::Lid("77".into()));
+        let mut draft = Draft::default();
+        assert_eq!(number.chat_for(&contact, Some(ChatNo(4)), &mut draft), ChatNo(4));
+        assert_eq!(draft.changes, [Change::Chat(ChatNo(4), contact.clone())]);
+        let mut draft = Draft::default();
+        number.chat_for(&contact, Some(ChatNo(4)), &mut draft);
+        assert!(draft.changes.is_empty(), "once is enough");
+    }
+
+    #[test]
+    fn every_event_is_durable_before_it_is_shown() {
+        let mut number = number();
+        let mut draft = Draft::default();
+        number.record_event(EventBody::NumberConnected, NOW, &mut draft);
+        assert!(draft.durable);
+    }
+
+    #[test]
+    fn who_goes_down_neither_spins_nor_queues_up() {
+        let mut number = number();
+        number.life.linked = true;
+        number.life.state = State::Offline { retry_at: NOW };
+        number.step(Input::Drain, NOW);
+        number.step(Input::Tick, NOW);
+        assert_eq!(number.next_wake(), None);
+        let effects = number.step(Input::Life(lifecycle::Input::Start), NOW);
+        assert!(!effects.contains(&Effect::Life(lifecycle::Effect::AskGate)));
+    }
 }

@@ -130,9 +130,10 @@ impl Outbox {
         self.ready.iter().filter(move |_| open).filter_map(|seq| self.entries.get(seq)).map(|entry| &entry.row)
     }
 
-    /// Takes a ready row: its attempt is about to be made durable. Gives the row with the attempt counted.
+    /// Takes a ready row, if the window has room: its attempt is about to be made durable. Gives the row with the
+    /// attempt counted.
     pub fn claim(&mut self, seq: MessageSeq) -> Option<OutboxRow> {
-        if !self.ready.remove(&seq) {
+        if self.in_flight.len() >= IN_FLIGHT_MAX || !self.ready.remove(&seq) {
             return None;
         }
         let entry = self.entries.get_mut(&seq)?;

@@ -177,16 +177,12 @@ impl Worker {
             return;
         }
         let mut overlay: HashMap<Vec<u8>, Option<Vec<u8>>> = HashMap::new();
-        let mut accepted = Vec::with_capacity(group.len());
+        let mut answers = Vec::with_capacity(group.len());
         let mut durable = false;
         for request in group {
-            match self.stage(request.checks, request.ops, &mut overlay) {
-                Ok(()) => {
-                    durable |= request.durable;
-                    accepted.push(request.done);
-                }
-                Err(error) => (request.done)(Err(error)),
-            }
+            let staged = self.stage(request.checks, request.ops, &mut overlay);
+            durable |= request.durable && staged.is_ok();
+            answers.push((request.done, staged));
         }
         let written = self.write(overlay, durable);
         if let Err(error) = &written {
@@ -195,9 +191,12 @@ impl Worker {
             tracing::error!(%error, "volume quarantined after a failed write");
         }
         self.stats.groups.fetch_add(1, Ordering::Relaxed);
-        self.stats.units.fetch_add(accepted.len() as u64, Ordering::Relaxed);
-        for done in accepted {
-            done(written.clone());
+        let units = answers.iter().filter(|(_, staged)| staged.is_ok()).count();
+        self.stats.units.fetch_add(units as u64, Ordering::Relaxed);
+        // Refusals as well only now: answers keep the order of the units, and the record that one was refused for may
+        // be of this very group.
+        for (done, staged) in answers {
+            done(written.clone().and(staged));
         }
     }
 

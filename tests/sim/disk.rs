@@ -1,0 +1,218 @@
+//! A disk as the store promises it: units in the order they were submitted, written in groups, all or nothing each.
+//! A crash keeps a prefix of what was not flushed. Keeps two copies: what readers see, and what survives.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::rc::Rc;
+
+use switchboard::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenKey};
+use switchboard::domain::delivery::{DeliveryRow, Endpoint};
+use switchboard::domain::event::Event;
+use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
+use switchboard::domain::lifecycle::Life;
+use switchboard::domain::message::{Direction, MessageRecord, Progress};
+use switchboard::domain::number::{Commit, Snapshot, Ticket};
+use switchboard::domain::outbox::OutboxRow;
+use switchboard::domain::phone::Contact;
+
+/// The records of one number.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    pub(crate) life: Option<Life>,
+    pub(crate) counters: Counters,
+    pub(crate) messages: BTreeMap<MessageSeq, Rc<MessageRecord>>,
+    pub(crate) whatsapp_ids: HashMap<String, MessageSeq>,
+    pub(crate) progress: HashMap<MessageSeq, Progress>,
+    pub(crate) outbox: BTreeMap<MessageSeq, OutboxRow>,
+    pub(crate) idempotency: HashMap<IdempotencyKey, IdempotencyRecord>,
+    pub(crate) chats: HashMap<ChatNo, Contact>,
+    pub(crate) aliases: HashMap<String, ChatNo>,
+    pub(crate) seen: HashSet<SeenKey>,
+    pub(crate) events: BTreeMap<EventSeq, Rc<Event>>,
+    pub(crate) deliveries: BTreeMap<(u32, EventSeq), DeliveryRow>,
+    pub(crate) dead: BTreeSet<(u32, EventSeq)>,
+    pub(crate) endpoints: BTreeMap<u32, Endpoint>,
+}
+
+impl Records {
+    pub(crate) fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Message(record) => {
+                if record.direction == Direction::Outbound {
+                    self.whatsapp_ids.insert(record.whatsapp_id.clone(), record.seq);
+                }
+                self.messages.insert(record.seq, Rc::new(record.clone()));
+            }
+            Change::Progress(seq, progress) => drop(self.progress.insert(*seq, *progress)),
+            Change::Outbox(row) => drop(self.outbox.insert(row.seq, row.clone())),
+            Change::OutboxGone(seq) => drop(self.outbox.remove(seq)),
+            Change::Idempotency(key, record) => drop(self.idempotency.insert(*key, record.clone())),
+            Change::Chat(chat, contact) => {
+                for address in contact.addresses() {
+                    self.aliases.insert(address, *chat);
+                }
+                self.chats.insert(*chat, contact.clone());
+            }
+            Change::Seen(key, _) => drop(self.seen.insert(key.clone())),
+            Change::Event(event) => drop(self.events.insert(event.id.seq, Rc::new(event.clone()))),
+            Change::Delivery(endpoint, row) => drop(self.deliveries.insert((*endpoint, row.event), *row)),
+            Change::DeliveryGone(endpoint, event) => drop(self.deliveries.remove(&(*endpoint, *event))),
+            Change::DeadLetter(endpoint, row) => drop(self.dead.insert((*endpoint, row.event))),
+            Change::Attempt(_) => {}
+            Change::Endpoint(endpoint) => drop(self.endpoints.insert(endpoint.ordinal, endpoint.clone())),
+            Change::EndpointGone(ordinal) => drop(self.endpoints.remove(ordinal)),
+            Change::Counters(counters) => self.counters = *counters,
+            Change::Life(life) => self.life = Some(life.clone()),
+        }
+    }
+
+    /// Makes what `change` touched what `other` holds.
+    fn revert(&mut self, change: &Change, other: &Self) {
+        match change {
+            Change::Message(record) => {
+                back_sorted(&mut self.messages, &other.messages, &record.seq);
+                back(&mut self.whatsapp_ids, &other.whatsapp_ids, &record.whatsapp_id);
+            }
+            Change::Progress(seq, _) => back(&mut self.progress, &other.progress, seq),
+            Change::Outbox(OutboxRow { seq, .. }) | Change::OutboxGone(seq) => {
+                back_sorted(&mut self.outbox, &other.outbox, seq);
+            }
+            Change::Idempotency(key, _) => back(&mut self.idempotency, &other.idempotency, key),
+            Change::Chat(chat, contact) => {
+                for address in contact.addresses() {
+                    back(&mut self.aliases, &other.aliases, &address);
+                }
+                back(&mut self.chats, &other.chats, chat);
+            }
+            Change::Seen(key, _) => {
+                if !other.seen.contains(key) {
+                    self.seen.remove(key);
+                }
+            }
+            Change::Event(event) => back_sorted(&mut self.events, &other.events, &event.id.seq),
+            Change::Delivery(endpoint, DeliveryRow { event, .. }) | Change::DeliveryGone(endpoint, event) => {
+                back_sorted(&mut self.deliveries, &other.deliveries, &(*endpoint, *event));
+            }
+            Change::DeadLetter(endpoint, row) => {
+                if !other.dead.contains(&(*endpoint, row.event)) {
+                    self.dead.remove(&(*endpoint, row.event));
+                }
+            }
+            Change::Attempt(_) => {}
+            Change::Endpoint(Endpoint { ordinal, .. }) | Change::EndpointGone(ordinal) => {
+                back_sorted(&mut self.endpoints, &other.endpoints, ordinal);
+            }
+            Change::Counters(_) => self.counters = other.counters,
+            Change::Life(_) => self.life.clone_from(&other.life),
+        }
+    }
+
+    pub(crate) fn chat_of(&self, contact: &Contact) -> Option<ChatNo> {
+        contact.addresses().iter().find_map(|address| self.aliases.get(address).copied())
+    }
+
+    /// As the store's `load`.
+    pub(crate) fn snapshot(&self, has_credentials: bool) -> Snapshot {
+        let queued =
+            |ordinal: u32| self.deliveries.range((ordinal, EventSeq(0))..=(ordinal, EventSeq(u64::MAX))).count() as u64;
+        Snapshot {
+            life: self.life.clone(),
+            has_credentials,
+            counters: self.counters,
+            outbox: self.outbox.values().cloned().collect(),
+            endpoints: self.endpoints.values().map(|stored| (stored.clone(), queued(stored.ordinal))).collect(),
+        }
+    }
+}
+
+fn back<K: Clone + Eq + std::hash::Hash, V: Clone>(map: &mut HashMap<K, V>, other: &HashMap<K, V>, key: &K) {
+    match other.get(key) {
+        Some(value) => drop(map.insert(key.clone(), value.clone())),
+        None => drop(map.remove(key)),
+    }
+}
+
+fn back_sorted<K: Clone + Ord, V: Clone>(map: &mut BTreeMap<K, V>, other: &BTreeMap<K, V>, key: &K) {
+    match other.get(key) {
+        Some(value) => drop(map.insert(key.clone(), value.clone())),
+        None => drop(map.remove(key)),
+    }
+}
+
+/// The disk. The world says when a group is taken and when it is flushed.
+#[derive(Debug, Default)]
+pub(crate) struct Disk {
+    /// What readers see: everything applied, flushed or not.
+    pub(crate) visible: Records,
+    /// What survives a crash for certain.
+    pub(crate) durable: Records,
+    queue: VecDeque<Commit>,
+    /// Applied, not flushed.
+    applied: VecDeque<Vec<Change>>,
+    answers: Vec<(Ticket, bool)>,
+    /// Credentials live beside the number's own records and are durable at once.
+    pub(crate) has_credentials: bool,
+}
+
+impl Disk {
+    pub(crate) fn submit(&mut self, commit: Commit) {
+        self.queue.push_back(commit);
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.answers.is_empty()
+    }
+
+    /// Writes the next group. Gives whether it must be flushed before its answers.
+    pub(crate) fn write_group(&mut self, most: u64) -> bool {
+        let mut durable = false;
+        for _ in 0..most.min(1 << 20) {
+            let Some(commit) = self.queue.pop_front() else { break };
+            durable |= commit.durable;
+            let ticket = commit.ticket;
+            let written = self.write(commit);
+            self.answers.push((ticket, written));
+        }
+        durable
+    }
+
+    fn write(&mut self, commit: Commit) -> bool {
+        if commit.unless_known.is_some_and(|key| self.visible.idempotency.contains_key(&key)) {
+            return false;
+        }
+        for change in &commit.changes {
+            self.visible.apply(change);
+        }
+        self.applied.push_back(commit.changes);
+        true
+    }
+
+    /// The next unit that reaches the platter, while there is one.
+    pub(crate) fn next_unflushed(&mut self) -> Option<Vec<Change>> {
+        self.applied.pop_front()
+    }
+
+    pub(crate) fn answers(&mut self) -> Vec<(Ticket, bool)> {
+        std::mem::take(&mut self.answers)
+    }
+
+    /// How many units are not flushed.
+    pub(crate) fn unflushed(&self) -> usize {
+        self.applied.len()
+    }
+
+    /// Takes over everything submitted, as when only the number's task died.
+    pub(crate) fn write_all(&mut self) {
+        self.write_group(u64::MAX);
+    }
+
+    /// Forgets whatever was not flushed.
+    pub(crate) fn lose(&mut self) {
+        self.queue.clear();
+        self.answers.clear();
+        for changes in std::mem::take(&mut self.applied) {
+            for change in &changes {
+                self.visible.revert(change, &self.durable);
+            }
+        }
+    }
+}

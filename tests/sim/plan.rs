@@ -1,0 +1,82 @@
+//! What one seed's world is like. Each seed draws its own mixture of faults: a world in which everything fails at
+//! once hides the failures that need something else to work.
+
+use std::time::Duration;
+
+use switchboard::domain::limiter::{Limits, Pace};
+
+use super::rng::Rng;
+
+/// Chances are in per mille.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    /// Crash before or after any single effect.
+    pub(crate) crash: u64,
+    /// Longest time from a commit to its group, and from a group to its flush, in milliseconds.
+    pub(crate) disk: u64,
+    /// Longest way from one part to another, in milliseconds.
+    pub(crate) hop: u64,
+    /// Most commits in one group.
+    pub(crate) group: u64,
+    /// Longest pause between two things that the world does, in milliseconds.
+    pub(crate) pace: u64,
+    /// The connection is cut by a send.
+    pub(crate) cut_on_send: u64,
+    /// The session does not write an attempt.
+    pub(crate) not_written: u64,
+    /// WhatsApp refuses with a code.
+    pub(crate) refused: u64,
+    /// An answer of WhatsApp is lost, or comes twice.
+    pub(crate) ack_odd: u64,
+    /// A connection does not come about.
+    pub(crate) no_login: u64,
+    /// A webhook attempt fails.
+    pub(crate) webhook: u64,
+    /// An answer to a caller is lost.
+    pub(crate) answer_lost: u64,
+    /// A call carries a request id.
+    pub(crate) request_id: u64,
+    /// An end of a connection that does not heal by itself, among all ends.
+    pub(crate) hard_close: u64,
+    /// The daemon is asked to drain.
+    pub(crate) drain: u64,
+    /// Endpoints that the owner wants at most.
+    pub(crate) endpoints: usize,
+    /// People written to and writing.
+    pub(crate) people: u64,
+    /// What the number is allowed.
+    pub(crate) limits: Limits,
+    /// Inputs of one stormy chapter, and chapters.
+    pub(crate) chapter: u64,
+    pub(crate) chapters: u64,
+}
+
+impl Plan {
+    pub(crate) fn draw(rng: &mut Rng) -> Self {
+        let fast = Pace { interval: Duration::from_millis(1), burst: 100 };
+        let open = Limits { number: fast, chat: fast };
+        let brisk = Limits { number: Pace { interval: Duration::from_millis(100), burst: 5 }, chat: fast };
+        Self {
+            crash: rng.pick(&[0, 1, 3, 10]),
+            disk: rng.pick(&[0, 3, 20, 400]),
+            hop: rng.pick(&[0, 2, 10, 100]),
+            group: rng.pick(&[1, 4, 64]),
+            pace: rng.pick(&[5, 50, 500]),
+            cut_on_send: rng.pick(&[0, 5, 30]),
+            not_written: rng.pick(&[0, 10, 100]),
+            refused: rng.pick(&[0, 20, 100]),
+            ack_odd: rng.pick(&[0, 20, 100]),
+            no_login: rng.pick(&[0, 100, 400]),
+            webhook: rng.pick(&[0, 50, 300]),
+            answer_lost: rng.pick(&[0, 50, 200]),
+            request_id: rng.pick(&[0, 500, 1000]),
+            hard_close: rng.pick(&[0, 100, 400]),
+            drain: rng.pick(&[0, 30, 300]),
+            endpoints: rng.pick(&[0, 1, 2, 2, 4, 20]),
+            people: rng.pick(&[1, 3, 12, 60]),
+            limits: rng.pick(&[open, open, brisk, Limits::LINKED]),
+            chapter: 500 + rng.below(1000),
+            chapters: 4,
+        }
+    }
+}

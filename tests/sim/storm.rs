@@ -1,0 +1,154 @@
+//! The course of a world: chapters of storm, each followed by a calm in which everything must settle.
+
+use switchboard::domain::lifecycle::{self, State};
+use switchboard::domain::number::Input;
+use switchboard::domain::outbox::IN_FLIGHT_MAX;
+
+use super::world::{Figures, Happens, World};
+
+/// Longest time to settle: the longest webhook schedule and the longest ban fit in.
+const SETTLES_WITHIN: u64 = 80 * 3600 * 1000;
+/// Time between two looks at the number by its operator.
+const NUDGE_EVERY: u64 = 60_000;
+
+impl World {
+    /// Runs the world to its end.
+    pub(crate) fn run(&mut self) -> Figures {
+        let start = self.now;
+        self.outside(1, Happens::Stirs);
+        self.outside(NUDGE_EVERY, Happens::Nudges);
+        for _ in 0..self.plan.chapters {
+            self.storm();
+            self.settle();
+        }
+        self.figures.virtual_millis = self.now - start;
+        self.figures.transmits = self.promises.transmits;
+        self.figures.repeats = self.promises.repeats;
+        self.figures.messages = self.disk.durable.messages.len() as u64;
+        self.figures.events = self.disk.durable.counters.event;
+        self.figures
+    }
+
+    fn storm(&mut self) {
+        self.calm = false;
+        let until = self.figures.inputs + self.plan.chapter;
+        while self.figures.inputs < until {
+            self.advance();
+        }
+    }
+
+    fn settle(&mut self) {
+        self.note(|| "CALM".to_owned());
+        self.calm = true;
+        self.moods.calm();
+        let until = self.now + SETTLES_WITHIN;
+        while !self.is_settled() {
+            assert!(self.now < until, "nothing settles: {}", self.unsettled());
+            self.advance();
+        }
+        // What nobody waits for may still be on its way to the disk.
+        self.flush(usize::MAX);
+        self.promises.all_kept(&self.disk.durable);
+        if let Some(number) = &self.number {
+            let rows = self.disk.durable.deliveries.keys();
+            let queued = rows.filter(|(endpoint, _)| number.deliveries().endpoint(*endpoint).is_some()).count() as u64;
+            assert_eq!(number.deliveries().depth(), queued, "the webhook queue is counted wrong");
+            assert_eq!(self.disk.durable.outbox.len(), 0, "settled rows are left on disk");
+        }
+    }
+
+    fn is_settled(&self) -> bool {
+        let Some(number) = &self.number else { return false };
+        self.draining.is_none()
+            && number.life().state == State::Online
+            && number.outbox().is_empty()
+            && self.callers.all_answered()
+            && self.waiters.is_empty()
+            && self.whatsapp.is_idle()
+            && self.disk.is_idle()
+            && !self.promises.is_delivering()
+            && self.promises.owes_nothing()
+    }
+
+    fn unsettled(&self) -> String {
+        let Some(number) = &self.number else { return "no machine".to_owned() };
+        format!(
+            "state {:?}, outbox {} ({} in flight), webhooks {}, wake {:?}, {} waiters, callers {}, whatsapp {}, disk {}, hooks {}",
+            number.life().state,
+            number.outbox().len(),
+            number.outbox().in_flight(),
+            number.deliveries().depth(),
+            number.next_wake(),
+            self.waiters.len(),
+            self.callers.all_answered(),
+            self.whatsapp.is_idle(),
+            self.disk.is_idle(),
+            self.promises.owes_nothing(),
+        )
+    }
+
+    /// One thing that the world does by itself.
+    pub(crate) fn stir(&mut self) {
+        let mut pause = 1 + self.rng.below(self.plan.pace);
+        if self.calm {
+            return self.outside(1000, Happens::Stirs);
+        }
+        self.check_bounds();
+        if let Some(input) = self.needs_hand()
+            && self.rng.chance(200)
+        {
+            self.order(input);
+        }
+        match self.rng.below(100) {
+            0..40 => self.new_call(),
+            40..45 => self.repeat_call(),
+            45..72 => self.new_inbound(),
+            72..77 => self.repeat_inbound(),
+            77..80 => self.cut(),
+            80..84 => self.ping(),
+            84..86 => {
+                let input = [lifecycle::Input::Start, lifecycle::Input::Stop, lifecycle::Input::Pair];
+                let index = self.rng.index(3);
+                self.order(input[index].clone());
+            }
+            86..88 if self.promises.endpoints().count() < self.plan.endpoints => self.add_endpoint(),
+            88 => self.remove_endpoint(),
+            89..95 => self.change_mood(),
+            95..98 => {
+                if self.rng.chance(self.plan.drain) {
+                    self.drain();
+                }
+            }
+            // A quiet time: long waits pass.
+            _ => pause += self.rng.pick(&[1000, 10_000, 70_000, 400_000]),
+        }
+        self.outside(pause, Happens::Stirs);
+    }
+
+    fn order(&mut self, input: lifecycle::Input) {
+        if self.number.is_some() {
+            self.promises.told();
+            self.step(Input::Life(input));
+        }
+    }
+
+    pub(crate) fn nudge(&mut self) {
+        self.outside(NUDGE_EVERY, Happens::Nudges);
+        if self.draining.is_some_and(|since| self.now > since + 4 * NUDGE_EVERY) {
+            panic!("the drain does not end: {}", self.unsettled());
+        }
+        let parked = matches!(self.state(), Some(State::Parked { .. }));
+        if let Some(input) = self.needs_hand()
+            && self.calm
+            && !parked
+        {
+            self.order(input);
+        }
+    }
+
+    fn check_bounds(&self) {
+        let Some(number) = &self.number else { return };
+        assert!(number.outbox().in_flight() <= IN_FLIGHT_MAX, "{} in flight", number.outbox().in_flight());
+        assert!(number.deliveries().endpoints().count() <= switchboard::domain::delivery::ENDPOINTS_MAX);
+    }
+}
