@@ -1,0 +1,252 @@
+//! What can happen to a number and what follows from it: the words its machine speaks with the shell.
+
+use std::time::Duration;
+
+use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey};
+use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint, LoadPage};
+use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
+use crate::domain::lifecycle::{self, Life, State};
+use crate::domain::message::{Content, Direction, FailureCode, MessageStatus, Progress};
+use crate::domain::outbox::OutboxRow;
+use crate::domain::phone::Contact;
+use crate::domain::time::Timestamp;
+
+/// Names a commit; answered by [`Input::Stored`] in the order of the commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(pub u64);
+
+/// Names a caller who waits; the shell holds the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReplyId(pub u64);
+
+/// A send, checked and resolved by the caller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SendRequest {
+    /// The recipient.
+    pub to: Contact,
+    /// Their chat, if the disk knew it.
+    pub chat: Option<ChatNo>,
+    /// What to say.
+    pub content: Content,
+    /// WhatsApp's id for it, chosen now and kept for every attempt.
+    pub whatsapp_id: String,
+    /// The caller's own reference.
+    pub correlation_id: Option<String>,
+    /// The request id and the digest of what it asked.
+    pub idempotency: Option<(IdempotencyKey, [u8; 32])>,
+}
+
+/// An inbound message, resolved against the disk by the shell.
+#[derive(Debug, Clone)]
+pub struct Arrived {
+    /// The other side of the chat.
+    pub contact: Contact,
+    /// Its chat, if the disk knew it.
+    pub chat: Option<ChatNo>,
+    /// Whether the disk has it already.
+    pub seen: bool,
+    /// Inbound, or our own from another device.
+    pub direction: Direction,
+    /// WhatsApp's id.
+    pub whatsapp_id: String,
+    /// Hash of the decoded message.
+    pub digest: [u8; 16],
+    /// The sender's display name.
+    pub sender_name: Option<String>,
+    /// What it says.
+    pub content: Content,
+    /// By WhatsApp's clock.
+    pub written_at: Timestamp,
+}
+
+/// A message a receipt speaks of, resolved against the disk by the shell.
+#[derive(Debug, Clone)]
+pub struct Receipted {
+    /// Its history row.
+    pub seq: MessageSeq,
+    /// WhatsApp's id.
+    pub whatsapp_id: String,
+    /// Its chat.
+    pub chat: ChatNo,
+    /// The recipient.
+    pub to: Contact,
+    /// The caller's own reference.
+    pub correlation_id: Option<String>,
+    /// Its progress on disk.
+    pub progress: Progress,
+}
+
+/// What can happen to a number.
+#[derive(Debug)]
+pub enum Input {
+    /// To its connection.
+    Life(lifecycle::Input),
+    /// Somebody wants to send.
+    Send(Box<SendRequest>, ReplyId),
+    /// A commit ended: `false` means its precondition did not hold. A failed disk never comes here: the actor ends.
+    Stored(Ticket, bool),
+    /// The session could not write an attempt.
+    NotWritten {
+        /// Which message.
+        seq: MessageSeq,
+        /// What follows.
+        retry: Retry,
+    },
+    /// WhatsApp answered a message.
+    Acked {
+        /// By WhatsApp's id.
+        whatsapp_id: String,
+        /// Its error code.
+        error: Option<u16>,
+    },
+    /// The other side's receipt.
+    Receipts {
+        /// Of which messages.
+        messages: Vec<Receipted>,
+        /// How far they got.
+        status: MessageStatus,
+        /// By WhatsApp's clock.
+        at: Timestamp,
+    },
+    /// Messages arrived and must become durable before the reply.
+    Arrived(Vec<Arrived>, ReplyId),
+    /// Somebody adds a webhook endpoint; its ordinal is given here.
+    AddEndpoint(Box<Endpoint>, ReplyId),
+    /// Somebody removes one.
+    RemoveEndpoint(u32, ReplyId),
+    /// A webhook attempt ended.
+    Attempted(AttemptRecord, Attempted),
+    /// A page of the webhook queue was read.
+    PageLoaded(u32, Vec<DeliveryRow>),
+    /// No new sends; finish what waits for an answer, then close.
+    Drain,
+    /// Time went by.
+    Tick,
+}
+
+/// What follows from an attempt that did not reach the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// When the number is online again.
+    WhenOnline,
+    /// After a pause.
+    Later,
+    /// Its outcome is unknown: wait for an answer as if it had been written.
+    Unknown,
+    /// Never.
+    Never(FailureCode),
+}
+
+/// What a caller is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// The message is durable.
+    Accepted {
+        /// Its history row.
+        seq: MessageSeq,
+        /// When.
+        created_at: Timestamp,
+        /// How long it will probably wait; unknown while the number is not online.
+        predicted_wait: Option<Duration>,
+    },
+    /// Too many unsettled sends.
+    QueueFull,
+    /// The number is going down.
+    Draining,
+    /// The endpoint is durable.
+    EndpointAdded(Box<Endpoint>),
+    /// The number has as many endpoints as it may.
+    TooManyEndpoints,
+    /// The endpoint is gone.
+    EndpointRemoved,
+    /// There is no such endpoint.
+    NoSuchEndpoint,
+    /// The messages are durable.
+    InboundDurable,
+}
+
+/// A transmission order for the session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transmit {
+    /// Its history row.
+    pub seq: MessageSeq,
+    /// WhatsApp's id.
+    pub whatsapp_id: String,
+    /// The recipient.
+    pub to: Contact,
+    /// What to say, if it is still at hand; otherwise it is read from the history.
+    pub content: Option<Content>,
+}
+
+/// Changes that become durable together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Commit {
+    /// Echoed by [`Input::Stored`].
+    pub ticket: Ticket,
+    /// In order.
+    pub changes: Vec<Change>,
+    /// Written only if this request id is new.
+    pub unless_known: Option<IdempotencyKey>,
+    /// Whether somebody waits for the disk.
+    pub durable: bool,
+}
+
+/// What must be done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// Write.
+    Commit(Commit),
+    /// Act on the connection.
+    Life(lifecycle::Effect),
+    /// Hand a message to the session.
+    Transmit(Transmit),
+    /// Answer a caller.
+    Reply(ReplyId, Reply),
+    /// The request id is known: answer from its record, or refuse if the question was another.
+    ReplyFromRecord(ReplyId, IdempotencyKey, [u8; 32]),
+    /// Try to deliver an event to an endpoint.
+    Deliver(u32, DeliveryRow),
+    /// Read more of the webhook queue.
+    LoadPage(LoadPage),
+    /// Events up to here are durable: wake the streams.
+    EventsVisible(EventSeq),
+    /// The state changed: show it, count it, log it.
+    StateChanged {
+        /// Before.
+        from: State,
+        /// After.
+        to: State,
+    },
+    /// Count for the metrics.
+    Count(Counted),
+    /// Everything is finished: the actor may end.
+    Drained,
+}
+
+/// Things worth counting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Counted {
+    /// WhatsApp accepted a message, this long after we did.
+    Sent(Duration),
+    /// Messages were received.
+    Received(u64),
+    /// A message failed for good.
+    Failed(FailureCode),
+    /// A message went over the wire again.
+    Resent,
+}
+
+/// What a number is rebuilt from.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    /// Its life, if it ever had one.
+    pub life: Option<Life>,
+    /// Whether credentials are stored: they become durable before the life that knows of them.
+    pub has_credentials: bool,
+    /// High-water marks.
+    pub counters: Counters,
+    /// Unsettled sends, in order.
+    pub outbox: Vec<OutboxRow>,
+    /// Endpoints, each with the rows queued for it.
+    pub endpoints: Vec<(Endpoint, u64)>,
+}

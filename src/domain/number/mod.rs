@@ -1,0 +1,15 @@
+//! The whole number as a pure machine: what it knows, what can happen to it, what must be done. The actor around
+//! it only performs. Whatever must wait for the disk waits for [`Input::Stored`]; nothing is answered before.
+
+mod connection;
+mod interface;
+mod machine;
+mod receiving;
+mod sending;
+mod webhooks;
+
+pub use interface::{
+    Arrived, Commit, Counted, Effect, Input, Receipted, Reply, ReplyId, Retry, SendRequest, Snapshot, Ticket, Transmit,
+};
+pub use machine::Number;
+pub use sending::{IDEMPOTENCY_KEPT, QUEUE_MAX};
