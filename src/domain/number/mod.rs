@@ -8,8 +8,7 @@ mod receiving;
 mod sending;
 mod webhooks;
 
-pub use interface::{
-    Arrived, Commit, Counted, Effect, Input, Receipted, Reply, ReplyId, Retry, SendRequest, Snapshot, Ticket, Transmit,
-};
+pub use interface::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
+pub use interface::{Commit, Counted, Effect, Input, Reply, Retry, Transmit};
 pub use machine::Number;
 pub use sending::{IDEMPOTENCY_KEPT, QUEUE_MAX};
