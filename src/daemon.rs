@@ -27,6 +27,7 @@ use crate::store::number_store::NumberStore;
 use crate::supervisor::fleet::Fleet;
 use crate::supervisor::gate::ConnectGate;
 use crate::telemetry::clock::{Clock, SystemClock};
+use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics::Exposition;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::{self, WebhookClient};
@@ -211,6 +212,7 @@ impl Daemon {
     /// the store.
     pub async fn drain(self, hurry: impl Future<Output = ()>) {
         tracing::info!("draining");
+        failpoint::reach(Failpoint::DrainBegun);
         let Self { fleet, store, gate, sessions, health, public, admin, grace, gate_task, .. } = self;
         health.set_serving(false).await;
         gate.close();
@@ -225,8 +227,10 @@ impl Daemon {
             () = hurry => tracing::warn!("drain cut short"),
         }
         drop(gate_task);
+        failpoint::reach(Failpoint::DrainBeforeClose);
         let closing = store.clone();
         let _ = tokio::task::spawn_blocking(move || closing.close()).await;
+        failpoint::reach(Failpoint::DrainAfterClose);
         admin.close(Duration::from_millis(200)).await;
         tracing::info!("stopped");
     }

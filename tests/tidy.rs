@@ -122,7 +122,8 @@ const ONLY: [Only; 19] = [
     },
     Only {
         needles: &["process::exit", "process::abort"],
-        places: &["src/main.rs"],
+        // A failpoint is a crash on purpose, in builds for tests alone.
+        places: &["src/main.rs", "src/telemetry/failpoint.rs"],
         why: "leave by returning, so that the store is closed",
     },
     Only {
@@ -385,6 +386,27 @@ fn metric_names_are_in_one_place() {
             problems.push(format!("{}:{line}: metric names live in telemetry/", file.path));
         }
     }
+    assert_none(&problems);
+}
+
+#[test]
+fn every_failpoint_stands_in_one_place() {
+    let table = fs::read_to_string(root().join("src/telemetry/failpoint.rs")).unwrap();
+    let (_, rows) = table.split_once("\npoints! {").unwrap();
+    let points: Vec<_> =
+        rows.lines().take_while(|line| *line != "}").filter_map(|line| line.trim().split_once(" \"")).collect();
+    let sources: Vec<_> = sources("src").into_iter().filter(|file| file.path != "src/telemetry/failpoint.rs").collect();
+    let mut problems = Vec::new();
+    for (point, _) in points.iter().filter(|(point, _)| !point.starts_with("///")) {
+        let needle = format!("Failpoint::{point}");
+        let ends = |rest: &str| !rest.starts_with(is_word);
+        let count: usize =
+            sources.iter().map(|file| file.shipped.split(&needle).skip(1).filter(|rest| ends(rest)).count()).sum();
+        if count != 1 {
+            problems.push(format!("`{needle}` stands in {count} places: a kill there must mean one thing"));
+        }
+    }
+    assert!(points.len() > 20, "the table is no longer read");
     assert_none(&problems);
 }
 

@@ -36,6 +36,9 @@ pub(super) enum Command {
         #[arg(long, default_value_t = 0)]
         seed: u64,
     },
+    /// List the places at which SWITCHBOARD_FAILPOINT=NAME[:NTH] kills the daemon, for tests of what a crash leaves.
+    #[cfg(feature = "sandbox")]
+    Failpoints,
     /// Watch the whole thing work: two numbers link, chat and deliver webhooks, all on this machine.
     #[cfg(feature = "sandbox")]
     Demo {

@@ -12,6 +12,8 @@ use super::exit;
 use crate::config::sections::Config;
 use crate::daemon::Daemon;
 use crate::telemetry::clock::SystemClock;
+#[cfg(feature = "sandbox")]
+use crate::telemetry::failpoint;
 use crate::telemetry::{logging, panic_hook};
 
 /// Runs what the command line says and gives the exit status.
@@ -30,6 +32,11 @@ pub fn run() -> ExitCode {
         #[cfg(feature = "sandbox")]
         Command::Sandbox { listen, data, seed } => {
             sandbox(crate::sandbox::server::SandboxConfig { listen, data, seed })
+        }
+        #[cfg(feature = "sandbox")]
+        Command::Failpoints => {
+            failpoint::names().for_each(|name| print(&format!("{name}\n")));
+            ExitCode::SUCCESS
         }
         #[cfg(feature = "sandbox")]
         Command::Demo { exit } => demo(exit),
@@ -73,6 +80,11 @@ fn serve(file: Option<&Path>) -> ExitCode {
         Err(code) => return code,
     };
     if let Err(error) = logging::init(config.log.format, &config.log.level) {
+        complain(&error.to_string());
+        return exit::code(exit::CONFIG);
+    }
+    #[cfg(feature = "sandbox")]
+    if let Some(Err(error)) = std::env::var("SWITCHBOARD_FAILPOINT").ok().map(|order| failpoint::arm(&order)) {
         complain(&error.to_string());
         return exit::code(exit::CONFIG);
     }

@@ -24,6 +24,7 @@ use crate::session::contract::{SendError, SessionCommand};
 use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
 use crate::telemetry::backoff::Backoff;
+use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics;
 
 /// The actor. All its knowledge is in [`NumberState`].
@@ -341,7 +342,10 @@ impl NumberState {
             FromSession::NotWritten { seq, error } => {
                 self.step(Input::NotWritten { seq, retry: retry_of(error) }, myself);
             }
-            FromSession::Acked { whatsapp_id, error } => self.step(Input::Acked { whatsapp_id, error }, myself),
+            FromSession::Acked { whatsapp_id, error } => {
+                failpoint::reach(Failpoint::AckReceived);
+                self.step(Input::Acked { whatsapp_id, error }, myself);
+            }
             FromSession::Receipts { messages, status, at } => {
                 self.step(Input::Receipts { messages, status, at }, myself);
             }

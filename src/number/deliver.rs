@@ -11,6 +11,7 @@ use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
 use crate::domain::phone::Phone;
 use crate::domain::webhook::{Answer, Verdict, verdict};
 use crate::store::number_store::NumberStore;
+use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics;
 use crate::webhook::client::{Delivery, Report};
 use crate::webhook::payload;
@@ -53,7 +54,10 @@ impl DeliveryTask {
             self.endpoint.secrets.iter().filter_map(|secret| Secret::parse(secret).ok()).collect();
         let now = self.environment.clock.now();
         let delivery = Delivery { url: &self.endpoint.url, secrets: &secrets, event: event.id, body, now };
-        Some(self.environment.webhooks.deliver(delivery).await)
+        failpoint::reach(Failpoint::WebhookBeforeRequest);
+        let report = self.environment.webhooks.deliver(delivery).await;
+        failpoint::reach(Failpoint::WebhookAfterAnswer);
+        Some(report)
     }
 
     fn report(&self, attempted: Attempted, answer: Answer, duration_ms: u64) {

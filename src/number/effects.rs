@@ -3,6 +3,7 @@
 use ractor::ActorRef;
 
 use super::actor::{Connection, Loaded, NumberState};
+use super::crossing::Crossing;
 use super::deliver::DeliveryTask;
 use super::message::{Accepted, ConnectionNo, EndpointRefused, FromSession, Inner, NumberMessage, SendRefused, Waiter};
 use super::session_pump::SessionPump;
@@ -13,6 +14,7 @@ use crate::domain::lifecycle::{self, Purpose, State};
 use crate::domain::number::{Commit, Counted, Effect, Reply, ReplyId, Transmit};
 use crate::session::contract::{Outgoing, SendError, SessionCommand};
 use crate::session::opener::OpenPurpose;
+use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics;
 
 impl NumberState {
@@ -41,9 +43,13 @@ impl NumberState {
 
     fn commit(&self, commit: Commit, myself: &ActorRef<NumberMessage>) {
         let Some(Loaded { store, .. }) = &self.loaded else { return };
-        let (ticket, actor) = (commit.ticket, myself.clone());
+        let (ticket, actor, crossing) = (commit.ticket, myself.clone(), Crossing::of(&commit));
         let unit = store.unit_of(commit);
+        crossing.before();
         store.submit(unit, move |outcome| {
+            if outcome.is_ok() {
+                crossing.after();
+            }
             let _ = actor.cast(Inner::Stored(ticket, outcome).into());
         });
     }
@@ -163,7 +169,9 @@ impl NumberState {
                     Reply::Draining => Err(SendRefused::Draining),
                     _ => Err(SendRefused::NotReady),
                 };
+                failpoint::reach(Failpoint::AcceptBeforeReply);
                 let _ = to.send(outcome);
+                failpoint::reach(Failpoint::AcceptAfterReply);
             }
             (Some(Waiter::AddEndpoint(to)), Reply::EndpointAdded(endpoint)) => drop(to.send(Ok(*endpoint))),
             (Some(Waiter::AddEndpoint(to)), _) => drop(to.send(Err(EndpointRefused::TooMany))),

@@ -18,6 +18,7 @@ use crate::domain::number::SendRequest;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::time::Timestamp;
 use crate::store::number_store::NumberStore;
+use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::number_stats::{NumberStats, labels};
 use crate::telemetry::rng::Random;
 
@@ -274,6 +275,7 @@ impl NumberHandle {
         };
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::Send { request: Box::new(request), reply, permit };
+        failpoint::reach(Failpoint::AcceptAsked);
         live.actor.cast(message).map_err(|_| SendRefused::NotReady)?;
         answer.await.unwrap_or(Err(SendRefused::NotReady))
     }

@@ -2,6 +2,7 @@
 //! back what happened; it never waits for the network or the disk.
 
 pub mod actor;
+mod crossing;
 mod deliver;
 mod effects;
 pub mod environment;

@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
 use super::error::StoreError;
+use crate::telemetry::failpoint::{self, Failpoint};
 
 /// Units waiting for the disk before callers are told `Busy`.
 const QUEUE_UNITS_MAX: usize = 16 * 1024;
@@ -253,7 +254,9 @@ impl Worker {
                     None => batch.remove(key),
                 }
             }
+            failpoint::reach(Failpoint::GroupBeforeApply);
             self.tree.apply_batch(batch).map_err(|error| StoreError::Failed(error.to_string()))?;
+            failpoint::reach(Failpoint::GroupAfterApply);
         }
         if durable { self.sync() } else { Ok(()) }
     }
@@ -261,7 +264,9 @@ impl Worker {
     fn sync(&self) -> Result<(), StoreError> {
         let begun = std::time::Instant::now();
         self.db.flush().map_err(|error| StoreError::Failed(error.to_string()))?;
+        failpoint::reach(Failpoint::GroupAfterFlush);
         self.log.sync_data().map_err(|error| StoreError::Failed(error.to_string()))?;
+        failpoint::reach(Failpoint::GroupAfterSync);
         let micros = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.stats.sync_micros.fetch_add(micros, Ordering::Relaxed);
         Ok(())

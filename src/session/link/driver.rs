@@ -32,6 +32,7 @@ use super::transport::{Reached, SocketSlot};
 use crate::domain::close::CloseReason;
 use crate::session::contract::{SendError, SessionCommand, SessionEvent};
 use crate::store::number_store::NumberStore;
+use crate::telemetry::failpoint::{self, Failpoint};
 
 /// From opening to `Online` on a known device: 20 s each for socket and handshake, 90 s to drain.
 const CONNECT_WITHIN: Duration = Duration::from_secs(130);
@@ -284,6 +285,7 @@ impl Connection<'_> {
         if !self.signals().is_online() {
             self.online_by = Some(Instant::now() + FIRST_LOGIN_WITHIN);
         }
+        failpoint::reach(Failpoint::PairedBeforeTold);
         let event = SessionEvent::Paired { phone: paired.phone, lid: paired.lid };
         self.signals().deliver(event).await;
         None

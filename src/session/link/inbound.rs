@@ -19,6 +19,7 @@ use crate::domain::close::CloseReason;
 use crate::domain::message::{Content, Direction};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{Incoming, SessionEvent};
+use crate::telemetry::failpoint::{self, Failpoint};
 
 /// How long the number may take to make messages durable before the connection is given up and WhatsApp
 /// delivers them again on the next one (reliability: a failed hook is not retried before that).
@@ -159,11 +160,13 @@ impl Inbox {
 #[async_trait]
 impl InboundDurabilityHook for Inbox {
     async fn on_messages(&self, client: Arc<Client>, batch: &[InboundMessage]) -> anyhow::Result<()> {
+        failpoint::reach(Failpoint::InboundAsked);
         let mut messages: Vec<Incoming> = batch.iter().filter_map(read).collect();
         for message in &mut messages {
             complete(&client, &mut message.chat).await;
         }
         if self.commit_all(messages).await {
+            failpoint::reach(Failpoint::InboundBeforeReturn);
             return Ok(());
         }
         // No acknowledgement goes out; only a new connection makes WhatsApp deliver again.

@@ -19,6 +19,7 @@ use crate::domain::message::Content;
 use crate::domain::phone::Contact;
 use crate::session::contract::{Outgoing, SendError, SessionEvent};
 use crate::store::number_store::NumberStore;
+use crate::telemetry::failpoint::{self, Failpoint};
 
 /// Chats written to at once.
 const CHATS_AT_ONCE_MAX: usize = 8;
@@ -164,10 +165,14 @@ async fn send(wire: &Wire, signals: &Signals, message: Outgoing) -> Result<(), S
         return Err(SendError::NoSuchRecipient);
     }
     let options = SendOptions::default().with_message_id(message.whatsapp_id);
+    failpoint::reach(Failpoint::WireBefore);
     // Boxed: the library's send is a large state machine.
     let sending = Box::pin(client.send_message_with_options(to, body, options));
     match timeout(SEND_TIMEOUT, sending).await {
-        Ok(Ok(_)) => Ok(()),
+        Ok(Ok(_)) => {
+            failpoint::reach(Failpoint::WireAfter);
+            Ok(())
+        }
         Ok(Err(error)) => Err(classify(&error, wire, signals)),
         Err(_) => Err(SendError::TimedOut),
     }

@@ -5,6 +5,7 @@ use super::{LibraryResult, LinkBackend, SWEEP_ROWS_MAX, kind_key, leading_second
 use crate::store::key::Tag;
 use crate::store::number_store::{Order, SCAN_ROWS_MAX};
 use crate::store::unit::{Durability, Op, UNIT_BYTES_MAX, Unit};
+use crate::telemetry::failpoint::{self, Failpoint};
 use whatsapp_rust::wacore::store::traits::{PendingInboundKey, PendingInboundRow};
 use whatsapp_rust::wacore::time::now_secs;
 
@@ -93,7 +94,9 @@ impl LinkBackend {
             value.extend_from_slice(row.message);
             ops.push(put(Tag::PendingInbound, self.pending_key(row.chat, row.sender, row.id), value));
         }
+        failpoint::reach(Failpoint::PendingBefore);
         let written = self.commit_rows(ops, Durability::RidesAlong).await;
+        failpoint::reach(Failpoint::PendingAfter);
         if written.is_err() {
             self.store.poison();
             (self.on_failure)();
@@ -112,6 +115,7 @@ impl LinkBackend {
             tag: Tag::PendingInbound,
             rest: self.pending_key(key.chat, key.sender, key.id),
         };
+        failpoint::reach(Failpoint::PendingGone);
         self.commit_rows(keys.iter().map(row).collect(), Durability::RidesAlong).await
     }
 

@@ -11,6 +11,7 @@ use crate::store::error::StoreError;
 use crate::store::key::Tag;
 use crate::store::number_store::{NumberStore, Order, SCAN_ROWS_MAX};
 use crate::store::unit::{Durability, Unit};
+use crate::telemetry::failpoint::{self, Failpoint};
 
 /// The library numbers devices of one store; a store here has exactly one.
 const ONLY_DEVICE: i32 = 1;
@@ -34,7 +35,10 @@ const LINK_FAMILIES: [Tag; 11] = [
 impl DeviceStore for LinkBackend {
     async fn save(&self, device: &Device) -> LibraryResult<()> {
         let value = super::encode(device)?;
-        self.commit_rows(vec![put(Tag::Device, Vec::new(), value)], Durability::Durable).await
+        failpoint::reach(Failpoint::DeviceBeforeDurable);
+        self.commit_rows(vec![put(Tag::Device, Vec::new(), value)], Durability::Durable).await?;
+        failpoint::reach(Failpoint::DeviceAfterDurable);
+        Ok(())
     }
 
     async fn load(&self) -> LibraryResult<Option<Device>> {

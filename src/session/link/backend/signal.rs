@@ -12,6 +12,7 @@ use super::{LibraryResult, LinkBackend, put};
 use crate::store::key::Tag;
 use crate::store::number_store::{Order, SCAN_ROWS_MAX};
 use crate::store::unit::{Durability, Op};
+use crate::telemetry::failpoint::{self, Failpoint};
 
 impl LinkBackend {
     /// `user@server` or `user:device@server`: the user hashed, the rest in clear, so that everything of one user
@@ -22,6 +23,13 @@ impl LinkBackend {
         let mut key = self.name("signal-user", user).to_vec();
         key.extend_from_slice(rest.as_bytes());
         key
+    }
+
+    async fn lease(&self, sessions: Vec<Op>) -> LibraryResult<()> {
+        failpoint::reach(Failpoint::LeaseBeforeDurable);
+        self.commit_rows(sessions, Durability::Durable).await?;
+        failpoint::reach(Failpoint::LeaseAfterDurable);
+        Ok(())
     }
 
     fn sender_key_key(&self, address: &str) -> Vec<u8> {
@@ -61,13 +69,12 @@ impl SignalStore for LinkBackend {
     }
 
     async fn put_session(&self, address: &str, session: &[u8]) -> LibraryResult<()> {
-        let ops = vec![put(Tag::Session, self.address_key(address), session.to_vec())];
-        self.commit_rows(ops, Durability::Durable).await
+        self.lease(vec![put(Tag::Session, self.address_key(address), session.to_vec())]).await
     }
 
     async fn put_sessions_batch(&self, sessions: &[(Arc<str>, Bytes)]) -> LibraryResult<()> {
         let row = |(address, record): &(Arc<str>, Bytes)| put(Tag::Session, self.address_key(address), record.to_vec());
-        self.commit_rows(sessions.iter().map(row).collect(), Durability::Durable).await
+        self.lease(sessions.iter().map(row).collect()).await
     }
 
     async fn delete_session(&self, address: &str) -> LibraryResult<()> {

@@ -1,0 +1,385 @@
+//! Traffic in both directions, and a record of what every participant was told: callers that ask again after any
+//! doubt, phones that write and read, streams that resume by cursor, callers that poll statuses.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use prost::Message as _;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use sha2::{Digest, Sha256};
+use switchboard::api::grpc::proto;
+use switchboard::api::grpc::proto::stream_events_response::Step;
+use switchboard::demo::client::OwnedNumber;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tonic::Code;
+
+use crate::world::{CUSTOMERS, World, customer, neighbour};
+
+/// Longest a caller waits for an answer before it counts the outcome as unknown.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// Pause before a caller asks again.
+const AGAIN_AFTER: Duration = Duration::from_millis(30);
+/// Every how many accepted sends one is asked for again although it was answered.
+const REPEATED_EVERY: u32 = 8;
+/// Messages whose status is polled.
+const POLLED: usize = 64;
+
+/// One send, as its caller saw it.
+#[derive(Debug, Clone)]
+pub struct Sent {
+    pub text: String,
+    /// Our id, from the answer.
+    pub id: String,
+    pub whatsapp_id: String,
+}
+
+/// One chat of a number of ours, in the order of acceptance.
+#[derive(Debug)]
+pub struct SentChat {
+    pub number: usize,
+    pub peer: String,
+    pub sent: Vec<Sent>,
+    pub unknown: u64,
+}
+
+/// One chat of a phone with a number of ours.
+#[derive(Debug)]
+pub struct WrittenChat {
+    pub number: usize,
+    pub from: String,
+    pub written: Vec<String>,
+}
+
+/// One event as a stream told it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Told {
+    pub id: String,
+    pub kind: String,
+    pub chat: String,
+    /// The message and the rung it reached, for its progress.
+    pub progress: Option<(String, i32)>,
+    pub digest: [u8; 32],
+}
+
+/// Everything the participants were told.
+#[derive(Debug, Default)]
+pub struct Record {
+    pub sent: Vec<SentChat>,
+    pub written: Vec<WrittenChat>,
+    /// By number, in order from sequence 1.
+    pub told: Vec<Vec<Told>>,
+    pub problems: Vec<String>,
+    pub polls: u64,
+}
+
+/// What tasks share.
+pub struct Shared {
+    world: Arc<World>,
+    stopping: AtomicBool,
+    /// No more sends and writes; streams go on until they are stopped.
+    closing: AtomicBool,
+    pub accepted: AtomicU64,
+    pub written: AtomicU64,
+    problems: Mutex<Vec<String>>,
+    polls: AtomicU64,
+    /// The highest rung anybody was told, by message; the newest messages only.
+    rungs: Mutex<Rungs>,
+}
+
+#[derive(Default)]
+struct Rungs {
+    by_message: HashMap<String, i32>,
+    newest: Vec<(usize, String)>,
+    next: usize,
+}
+
+impl Rungs {
+    fn accepted(&mut self, number: usize, message: &str) {
+        self.by_message.entry(message.to_owned()).or_insert(proto::MessageStatus::Queued.into());
+        let entry = (number, message.to_owned());
+        if self.newest.len() < POLLED {
+            self.newest.push(entry);
+        } else {
+            let (_, gone) = std::mem::replace(&mut self.newest[self.next], entry);
+            self.by_message.remove(&gone);
+        }
+        self.next = (self.next + 1) % POLLED;
+    }
+
+    fn reached(&mut self, message: &str, rung: i32) {
+        if let Some(highest) = self.by_message.get_mut(message) {
+            *highest = rung.max(*highest);
+        }
+    }
+}
+
+impl Shared {
+    fn problem(&self, text: String) {
+        eprintln!("VIOLATION {text}");
+        self.problems.lock().unwrap().push(text);
+    }
+
+    fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
+    }
+}
+
+/// Running traffic.
+pub struct Load {
+    pub shared: Arc<Shared>,
+    senders: JoinSet<SentChat>,
+    writers: JoinSet<WrittenChat>,
+    streams: JoinSet<(usize, Vec<Told>)>,
+    polling: JoinSet<()>,
+}
+
+/// What a text is padded with: also two, three and four bytes a letter.
+const WORDS: [&str; 8] = ["parcel", "käse", "東京", "🚚", "at", "noon", "a rather longer word than the others", "?"];
+
+fn text(random: &mut StdRng, head: String) -> String {
+    let mut text = head;
+    for _ in 0..random.random_range(0..20) {
+        text.push(' ');
+        text.push_str(WORDS[random.random_range(0..WORDS.len())]);
+    }
+    text
+}
+
+/// How fast and how much.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Between two messages of one chat, about.
+    pub pause: Duration,
+    /// Messages a chat, if they are counted.
+    pub at_most: u32,
+}
+
+impl Load {
+    /// Starts traffic of every number with its customers and its neighbour.
+    pub fn start(world: &Arc<World>, seed: u64, pace: Pace) -> Self {
+        let shared = Arc::new(Shared {
+            world: world.clone(),
+            stopping: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            accepted: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            problems: Mutex::default(),
+            polls: AtomicU64::new(0),
+            rungs: Mutex::default(),
+        });
+        let (mut senders, mut writers, mut streams) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+        let count = world.numbers.len();
+        for index in 0..count {
+            let random = |which: usize| StdRng::seed_from_u64(seed ^ ((index as u64) << 32 | (which as u64) << 16));
+            for which in 0..CUSTOMERS {
+                let peer = customer(index, which);
+                senders.spawn(send(shared.clone(), index, peer.clone(), random(which), pace));
+                writers.spawn(write(shared.clone(), index, peer, random(100 + which), pace));
+            }
+            if let Some(other) = neighbour(index, count) {
+                let peer = world.numbers[other].phone.clone();
+                senders.spawn(send(shared.clone(), index, peer, random(200), pace));
+            }
+            streams.spawn(follow(shared.clone(), index));
+        }
+        let mut polling = JoinSet::new();
+        polling.spawn(poll(shared.clone(), StdRng::seed_from_u64(seed)));
+        Self { shared, senders, writers, streams, polling }
+    }
+
+    /// Waits until every chat has had its messages, or ends them now and waits for the answers that are due.
+    pub async fn finish(&mut self, now: bool) -> (Vec<SentChat>, Vec<WrittenChat>) {
+        self.shared.closing.store(now, Ordering::Relaxed);
+        let sent = std::mem::take(&mut self.senders).join_all().await;
+        let written = std::mem::take(&mut self.writers).join_all().await;
+        (sent, written)
+    }
+
+    /// Ends the streams and gives what everybody was told.
+    pub async fn record(mut self, sent: Vec<SentChat>, written: Vec<WrittenChat>) -> Record {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.polling.abort_all();
+        let mut told = vec![Vec::new(); self.shared.world.numbers.len()];
+        for (index, log) in self.streams.join_all().await {
+            told[index] = log;
+        }
+        let problems = std::mem::take(&mut *self.shared.problems.lock().unwrap());
+        Record { sent, written, told, problems, polls: self.shared.polls.load(Ordering::Relaxed) }
+    }
+}
+
+async fn pause(random: &mut StdRng, pace: Pace) {
+    sleep(pace.pause.mul_f64(random.random_range(0.2..1.8))).await;
+}
+
+/// Sends one after the other into one chat. After any doubt it asks again with the same request id.
+async fn send(shared: Arc<Shared>, number: usize, peer: String, mut random: StdRng, pace: Pace) -> SentChat {
+    let caller = &shared.world.numbers[number].caller;
+    let mut chat = SentChat { number, peer: peer.clone(), sent: Vec::new(), unknown: 0 };
+    for nth in 0..pace.at_most {
+        pause(&mut random, pace).await;
+        if shared.is_closing() {
+            break;
+        }
+        let text = text(&mut random, format!("{number}>{peer} #{nth}"));
+        let request_id = format!("{number}-{peer}-{nth}");
+        let message = loop {
+            match timeout(ANSWER_WITHIN, caller.send_text(&peer, &text, &request_id)).await {
+                Ok(Ok(message)) => break Some(message),
+                Ok(Err(status)) if is_definite(&status) => {
+                    shared.problem(format!("{request_id}: refused for good: {status}"));
+                    break None;
+                }
+                Ok(Err(_)) | Err(_) => chat.unknown += 1,
+            }
+            sleep(AGAIN_AFTER).await;
+        };
+        let Some(message) = message else { continue };
+        shared.accepted.fetch_add(1, Ordering::Relaxed);
+        shared.rungs.lock().unwrap().accepted(number, &message.id);
+        let sent = Sent { text, id: message.id, whatsapp_id: message.whatsapp_id };
+        if nth % REPEATED_EVERY == 0 {
+            ask_again(&shared, &shared.world.numbers[number], &peer, &sent, &request_id).await;
+        }
+        chat.sent.push(sent);
+    }
+    chat
+}
+
+/// Whether asking again cannot help. Refusals for lack of room pass.
+fn is_definite(status: &tonic::Status) -> bool {
+    !matches!(
+        status.code(),
+        Code::Unavailable
+            | Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::ResourceExhausted
+            | Code::Internal
+            | Code::Cancelled
+    )
+}
+
+async fn ask_again(shared: &Shared, number: &OwnedNumber, peer: &str, sent: &Sent, request_id: &str) {
+    let asked = timeout(ANSWER_WITHIN, number.caller.send_text(peer, &sent.text, request_id)).await;
+    if let Ok(Ok(message)) = asked
+        && (message.id != sent.id || message.whatsapp_id != sent.whatsapp_id)
+    {
+        shared.problem(format!("{request_id}: answered as {} first and as {} then", sent.id, message.id));
+    }
+}
+
+/// A customer writes to a number of ours, and sometimes reads what came.
+async fn write(shared: Arc<Shared>, number: usize, from: String, mut random: StdRng, pace: Pace) -> WrittenChat {
+    let (phones, to) = (shared.world.phones, shared.world.numbers[number].phone.clone());
+    let mut chat = WrittenChat { number, from: from.clone(), written: Vec::new() };
+    for nth in 0..pace.at_most {
+        pause(&mut random, pace).await;
+        if shared.is_closing() {
+            break;
+        }
+        let text = text(&mut random, format!("{from}>{number} #{nth}"));
+        phones.write(&from, &to, &text).await.unwrap();
+        shared.written.fetch_add(1, Ordering::Relaxed);
+        chat.written.push(text);
+        if random.random_range(0..4) == 0 {
+            phones.read(&from, &to).await.unwrap();
+        }
+    }
+    chat
+}
+
+/// Follows a number's events, resuming by cursor: a step must be the one after the last.
+async fn follow(shared: Arc<Shared>, number: usize) -> (usize, Vec<Told>) {
+    let (mut told, mut cursor) = (Vec::new(), String::new());
+    let caller = &shared.world.numbers[number].caller;
+    while !shared.stopping.load(Ordering::Relaxed) {
+        let request = proto::StreamEventsRequest {
+            resume_cursor: cursor.clone(),
+            progress_interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+            ..Default::default()
+        };
+        let mut stream = match timeout(ANSWER_WITHIN, caller.events().stream_events(request)).await {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) if is_definite(&status) => {
+                shared.problem(format!("number {number}: the stream cannot resume: {status}"));
+                break;
+            }
+            Ok(Err(_)) | Err(_) => {
+                sleep(AGAIN_AFTER).await;
+                continue;
+            }
+        };
+        while let Ok(Ok(Some(step))) = timeout(ANSWER_WITHIN, stream.message()).await {
+            cursor = step.cursor;
+            if let Some(Step::Event(event)) = step.step {
+                take(&shared, number, event, &mut told);
+            }
+            if shared.stopping.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+    }
+    (number, told)
+}
+
+fn take(shared: &Shared, number: usize, event: proto::Event, told: &mut Vec<Told>) {
+    if event.sequence != told.len() as i64 + 1 {
+        shared.problem(format!("number {number}: event {} after {}", event.sequence, told.len()));
+    }
+    let event = described(&event);
+    if let Some((message, rung)) = &event.progress {
+        shared.rungs.lock().unwrap().reached(message, *rung);
+    }
+    told.push(event);
+}
+
+/// What is kept of an event.
+pub fn described(event: &proto::Event) -> Told {
+    let (chat, progress) = match &event.body {
+        Some(proto::event::Body::MessageProgress(body)) => (body.to.clone(), Some((body.message.clone(), body.status))),
+        Some(proto::event::Body::MessageReceived(body)) => (body.from.clone(), None),
+        Some(proto::event::Body::NumberChange(_)) | None => (String::new(), None),
+    };
+    Told {
+        id: event.id.clone(),
+        kind: event.r#type.clone(),
+        chat: chat.trim_start_matches('+').to_owned(),
+        progress,
+        digest: Sha256::digest(event.encode_to_vec()).into(),
+    }
+}
+
+/// Asks for the status of messages: never lower than what anybody was told before.
+async fn poll(shared: Arc<Shared>, mut random: StdRng) {
+    loop {
+        sleep(Duration::from_millis(5)).await;
+        let (number, id, known) = {
+            let rungs = shared.rungs.lock().unwrap();
+            if rungs.newest.is_empty() {
+                continue;
+            }
+            let (number, id) = rungs.newest[random.random_range(0..rungs.newest.len())].clone();
+            let known = rungs.by_message.get(&id).copied().unwrap_or(0);
+            (number, id, known)
+        };
+        let request = proto::GetMessageRequest { id: id.clone() };
+        let mut messages = shared.world.numbers[number].caller.messages();
+        let message = match timeout(ANSWER_WITHIN, messages.get_message(request)).await {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) if status.code() == Code::NotFound => {
+                shared.problem(format!("{id}: accepted, and not found now"));
+                continue;
+            }
+            Ok(Err(_)) | Err(_) => continue,
+        };
+        shared.polls.fetch_add(1, Ordering::Relaxed);
+        if message.status < known {
+            shared.problem(format!("{id}: was at rung {known} and is at {} now", message.status));
+        }
+        shared.rungs.lock().unwrap().reached(&id, message.status);
+    }
+}

@@ -1,0 +1,163 @@
+//! A tenant with linked, subscribed numbers, customers' phones around them, and what the daemon and the phones show.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use switchboard::api::grpc::proto;
+use switchboard::api::grpc::proto::pair_number_response::Step;
+use switchboard::demo::client::{Caller, OwnedNumber};
+use switchboard::demo::phones::{Phones, call};
+use tokio::task::JoinSet;
+
+use crate::process::{Daemon, Directory, Log, Plan, Sandbox};
+use crate::sink::Sink;
+
+/// Longest any condition may take on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Customers of each number.
+pub const CUSTOMERS: usize = 2;
+/// Numbers being linked at once.
+const LINKING_AT_ONCE: usize = 8;
+
+/// Everything but the daemon's present life.
+pub struct World {
+    pub plan: Plan,
+    pub sink: Sink,
+    pub phones: Phones,
+    pub numbers: Vec<OwnedNumber>,
+    pub tenant: Caller,
+    pub log: Log,
+    // Last, so that the daemon's files and its WhatsApp outlive it.
+    _sandbox: Sandbox,
+    _directory: Directory,
+}
+
+/// The phone number of our `index`th number.
+pub fn own_phone(index: usize) -> String {
+    format!("1557{index:07}")
+}
+
+/// The `which`th customer of our `index`th number.
+pub fn customer(index: usize, which: usize) -> String {
+    format!("1558{index:05}{which:02}")
+}
+
+/// The number of ours that number `index` writes to.
+pub fn neighbour(index: usize, numbers: usize) -> Option<usize> {
+    (numbers > 1).then(|| (index + 1) % numbers)
+}
+
+impl World {
+    /// Starts everything and links the numbers by QR code. `between` may put something between the daemon and its
+    /// WhatsApp: it gets the sandbox's address and gives the one to connect to.
+    pub async fn start(
+        numbers: usize,
+        seed: u64,
+        settings: &[(&'static str, &str)],
+        between: impl AsyncFnOnce(std::net::SocketAddr) -> std::net::SocketAddr,
+    ) -> (Arc<Self>, Daemon) {
+        let directory = Directory::new();
+        let sandbox = Sandbox::start(seed);
+        let whatsapp = between(sandbox.address).await;
+        let plan = Plan::new(directory.0.join("data"), whatsapp, settings);
+        let log = Log::default();
+        let daemon = plan.start(None, &log);
+        until("the API answers", async || daemon.ready_after()).await;
+        let key = std::fs::read_to_string(plan.data.join("keys/operator.key")).unwrap();
+        let operator = Caller::connect(plan.api, key.trim()).await.unwrap();
+        let (tenant, _) = operator.create_tenant("faults").await.unwrap();
+        let phones = Phones { sandbox: sandbox.address };
+        let sink = Sink::start().await;
+        let mut world =
+            Self { plan, sink, phones, numbers: Vec::new(), tenant, log, _sandbox: sandbox, _directory: directory };
+        for index in 0..numbers {
+            world.numbers.push(world.create(&own_phone(index)).await);
+        }
+        let mut linking = JoinSet::new();
+        for number in world.numbers.clone() {
+            if linking.len() >= LINKING_AT_ONCE {
+                linking.join_next().await.unwrap().unwrap();
+            }
+            let (tenant, phones) = (world.tenant.clone(), world.phones);
+            linking.spawn(async move {
+                let linked = tokio::time::timeout(PATIENCE, link(&tenant, phones, &number)).await;
+                linked.expect("linking took too long").unwrap();
+            });
+        }
+        linking.join_all().await;
+        (Arc::new(world), daemon)
+    }
+
+    /// A number with one webhook for everything, not linked yet.
+    pub async fn create(&self, phone: &str) -> OwnedNumber {
+        let number = self.tenant.create_number(phone, phone).await.unwrap();
+        let request = proto::CreateWebhookRequest {
+            url: self.sink.url(&number.id),
+            events: vec!["*".to_owned()],
+            ..proto::CreateWebhookRequest::default()
+        };
+        number.caller.webhooks().create_webhook(request).await.unwrap();
+        number
+    }
+
+    /// Numbers the daemon counts as online.
+    pub async fn online(&self) -> usize {
+        let metrics = call(self.plan.admin, "GET", "/metrics", &[], "").await.unwrap_or_default();
+        metrics.lines().filter(|line| line.starts_with("switchboard_number_up{") && line.ends_with(" 1")).count()
+    }
+
+    /// Everything a number's history holds, oldest first.
+    pub async fn history(&self, number: &OwnedNumber) -> Vec<proto::Message> {
+        let mut messages = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = proto::ListMessagesRequest { page_size: 500, page_token, ..Default::default() };
+            let page = number.caller.messages().list_messages(request).await.unwrap().into_inner();
+            messages.extend(page.messages);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                messages.reverse();
+                return messages;
+            }
+        }
+    }
+
+    /// What is kept of the daemon's log.
+    pub fn last_words(&self) -> String {
+        self.log.lock().unwrap().iter().map(|line| format!("    {line}\n")).collect()
+    }
+}
+
+/// Links a number by QR code, as a person would. An error is the daemon gone in the middle of it.
+pub async fn link(tenant: &Caller, phones: Phones, number: &OwnedNumber) -> Result<(), tonic::Status> {
+    let request = proto::PairNumberRequest { number: number.id.clone() };
+    let mut steps = tenant.numbers().pair_number(request).await?.into_inner();
+    let mut scanned = false;
+    while let Some(step) = steps.message().await? {
+        match step.step.unwrap() {
+            Step::QrCode(shown) if !scanned => {
+                phones
+                    .scan(&number.phone, &shown.code)
+                    .await
+                    .map_err(|error| tonic::Status::aborted(error.to_string()))?;
+                scanned = true;
+            }
+            Step::QrCode(_) | Step::Paired(_) => {}
+            Step::Online(_) => return Ok(()),
+            Step::Failed(failed) => return Err(tonic::Status::failed_precondition(failed.reason)),
+        }
+    }
+    Err(tonic::Status::aborted("the stream ended without an outcome"))
+}
+
+/// Tries until there is a value, for as long as anything may take.
+pub async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(value) = attempt().await {
+            return value;
+        }
+        assert!(begun.elapsed() < PATIENCE, "waited too long until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
