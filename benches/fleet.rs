@@ -38,7 +38,7 @@ use switchboard::domain::number::{Commit, Ticket};
 use switchboard::domain::phone::Phone;
 use switchboard::domain::time::Timestamp;
 use switchboard::session::link;
-use switchboard::store::layout::{Store, VOLUMES};
+use switchboard::store::layout::{Store, StoreSettings, VOLUMES};
 use switchboard::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord, TenantRecord};
 use switchboard::telemetry::rng::Random;
 use tonic::Request;
@@ -102,8 +102,8 @@ fn number_id(index: usize) -> NumberId {
 }
 
 /// Writes the data directory a daemon with `count` linked numbers would have left behind.
-async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: &Random) -> String {
-    let store = Arc::new(Store::open(directory, random.bytes()).unwrap());
+async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: &Arc<Random>) -> String {
+    let store = Arc::new(Store::open(&StoreSettings::at(directory, random.clone())).unwrap());
     let meta = store.meta();
     let tenant = TenantRecord { id: TENANT, name: "bench".to_owned(), created_at: Timestamp(1) };
     meta.put_tenant(tenant).await.unwrap();
@@ -128,9 +128,10 @@ async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: 
             kind: NumberKind::Linked,
             volume: (index % usize::from(VOLUMES)) as u8,
             created_at: Timestamp(1),
-            deleting: false,
         };
-        let number = store.claim(record.id, record.volume).await.unwrap();
+        let (id, volume) = (record.id, record.volume);
+        meta.create_number(record, Vec::new()).await.unwrap();
+        let number = store.claim(id, volume).await.unwrap();
         link::provision(&number, &device).await.unwrap();
         let mut life = Life::new(Timestamp(1));
         life.step(Input::Pair, Timestamp(1));
@@ -138,7 +139,6 @@ async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: 
         let changes = vec![Change::Life(life)];
         let commit = Commit { ticket: Ticket(0), changes, unless_known: None, durable: false };
         number.commit(number.unit_of(commit)).await.unwrap();
-        meta.create_number(record, Vec::new()).await.unwrap();
     }
     store.close();
     key.text
@@ -270,7 +270,7 @@ async fn main() {
     let count: usize = std::env::var("FLEET_NUMBERS").map_or(100, |text| text.parse().unwrap());
     let sandbox_binary = std::env::var("FLEET_SANDBOX").expect("FLEET_SANDBOX: a binary built with --features sandbox");
     let directory: PathBuf = std::env::temp_dir().join(format!("switchboard-fleet-{}", std::process::id()));
-    let random = Random::from_system().unwrap();
+    let random = Arc::new(Random::from_system().unwrap());
 
     let mut command = Command::new(sandbox_binary);
     command.args(["sandbox", "--listen", "127.0.0.1:0"]);

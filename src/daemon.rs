@@ -21,8 +21,9 @@ use crate::number::environment::Environment;
 use crate::session::contract::SessionHandle;
 use crate::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
 use crate::session::opener::{OpenPurpose, OpenRequest, Opener};
-use crate::store::error::StoreError;
-use crate::store::layout::{OpenError, Store};
+use crate::store::error::{OpenError, StoreError};
+use crate::store::layout::{Store, StoreSettings};
+use crate::store::master::MasterKeys;
 use crate::store::number_store::NumberStore;
 use crate::supervisor::fleet::Fleet;
 use crate::supervisor::gate::ConnectGate;
@@ -147,8 +148,8 @@ impl Daemon {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
         let random = Arc::new(Random::from_system().map_err(part("randomness"))?);
         let exposition = Exposition::install().map_err(part("metrics"))?;
-        let (dir, secret) = (config.data.dir.clone(), random.bytes());
-        let opened = tokio::task::spawn_blocking(move || Store::open(&dir, secret)).await;
+        let settings = store_settings(config, random.clone());
+        let opened = tokio::task::spawn_blocking(move || Store::open(&settings)).await;
         let store = Arc::new(opened.map_err(part("store"))??);
         let operator_key = ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir).await;
         let operator_key = operator_key.map_err(part("operator key"))?;
@@ -234,6 +235,35 @@ impl Daemon {
         admin.close(Duration::from_millis(200)).await;
         tracing::info!("stopped");
     }
+}
+
+/// Where and how everything is kept.
+#[must_use]
+pub fn store_settings(config: &Config, random: Arc<Random>) -> StoreSettings {
+    let mut settings = StoreSettings::at(&config.data.dir, random);
+    if let Some(file) = &config.store.master_key_file {
+        settings.master_key_file.clone_from(file);
+    }
+    settings
+}
+
+/// Puts a new master key in front of the old ones and returns its id; the next start uses it.
+///
+/// # Errors
+/// When the file cannot be read or written.
+pub fn rotate_master_key(config: &Config) -> Result<String, StartError> {
+    let random = Random::from_system().map_err(part("randomness"))?;
+    let settings = store_settings(config, Arc::new(random));
+    Ok(MasterKeys::rotate(&settings.master_key_file, &settings.random).map_err(OpenError::from)?)
+}
+
+/// Removes every master key but the newest and returns how many went.
+///
+/// # Errors
+/// When a daemon runs, or something is still wrapped under an older key.
+pub fn drop_old_master_keys(config: &Config) -> Result<usize, StartError> {
+    let random = Random::from_system().map_err(part("randomness"))?;
+    Ok(Store::drop_older_masters(&store_settings(config, Arc::new(random)))?)
 }
 
 /// What every number acts with.

@@ -22,18 +22,21 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use switchboard::domain::close::CloseReason;
-use switchboard::domain::id::{MessageSeq, NumberId};
+use switchboard::domain::id::{MessageSeq, NumberId, TenantId};
 use switchboard::domain::message::{Content, Direction};
 use switchboard::domain::phone::{Contact, Phone};
+use switchboard::domain::time::Timestamp;
 use switchboard::sandbox::server::{RunningSandbox, Sandbox, SandboxConfig};
 use switchboard::session::contract::{
     EVENTS_MAX, Incoming, NotDurable, Outgoing, ReceiptKind, SendError, SessionCommand, SessionEvent, SessionHandle,
 };
 use switchboard::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
 use switchboard::store::key::Tag;
-use switchboard::store::layout::Store;
+use switchboard::store::layout::{Store, StoreSettings};
+use switchboard::store::meta::{NumberKind, NumberRecord};
 use switchboard::store::number_store::{NumberStore, Order};
 use switchboard::store::unit::Unit;
+use switchboard::telemetry::rng::Random;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
@@ -68,7 +71,7 @@ impl World {
         let dir = std::env::temp_dir().join(format!("switchboard-session-{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         Self {
-            store: Store::open(&dir, [7; 32]).unwrap(),
+            store: Store::open(&StoreSettings::at(&dir, Arc::new(Random::seeded(7)))).unwrap(),
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
             sandbox,
             environment,
@@ -104,6 +107,18 @@ impl World {
     }
 
     async fn claim(&self, id: u64) -> NumberStore {
+        let record = NumberRecord {
+            id: NumberId(id),
+            tenant: TenantId(1),
+            name: format!("number {id}"),
+            phone: Phone::parse(&format!("1555{id:07}")).unwrap(),
+            kind: NumberKind::Linked,
+            volume: 0,
+            created_at: Timestamp(1),
+        };
+        if self.store.meta().number(record.id).is_none() {
+            self.store.meta().create_number(record, Vec::new()).await.unwrap();
+        }
         self.store.claim(NumberId(id), 0).await.unwrap()
     }
 

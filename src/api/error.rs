@@ -264,7 +264,6 @@ impl From<FleetError> for ApiError {
         match error {
             FleetError::NotFound => Reason::NumberNotFound.into(),
             FleetError::GoingDown => Self::from(Reason::Draining).retry_after(RETRY_SOON),
-            FleetError::SessionStuck => Self::from(Reason::NumberUnavailable).retry_after(RETRY_LATER),
             FleetError::Store(error) => error.into(),
         }
     }

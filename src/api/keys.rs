@@ -1,22 +1,19 @@
 //! Making keys. The first start writes the operator's to a file that only the daemon's user can read; it never
 //! appears in a log.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::domain::access::{KeyKind, MintedKey, mint};
 use crate::domain::time::Timestamp;
 use crate::store::error::StoreError;
 use crate::store::meta::{KeyRecord, KeySubject, Meta};
+use crate::store::secret_file;
 use crate::telemetry::clock::Clock;
 use crate::telemetry::rng::Random;
 
 /// Below the data directory.
 const OPERATOR_KEY_FILE: &str = "keys/operator.key";
-const OWNER_ONLY: u32 = 0o600;
-const DIRECTORY_OWNER_ONLY: u32 = 0o700;
 
 /// The operator's key cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -69,39 +66,29 @@ pub async fn ensure_operator_key(
         return Ok(path);
     }
     let (key, record) = new_key(KeySubject::Operator, random, clock.now());
-    write_secret(&path, &key.text).map_err(|error| OperatorKeyError::File { path: path.clone(), error })?;
+    secret_file::write(&path, &format!("{}\n", key.text))
+        .map_err(|error| OperatorKeyError::File { path: path.clone(), error })?;
     // The file comes first: a key that is accepted and that nobody has could not be replaced.
     meta.put_key(record).await?;
     Ok(path)
-}
-
-/// Writes the file whole or not at all, readable by its owner only.
-fn write_secret(path: &Path, text: &str) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::DirBuilder::new().recursive(true).create(folder)?;
-    fs::set_permissions(folder, std::os::unix::fs::PermissionsExt::from_mode(DIRECTORY_OWNER_ONLY))?;
-    let unfinished = path.with_extension("key.new");
-    let _ = fs::remove_file(&unfinished);
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(OWNER_ONLY).open(&unfinished)?;
-    writeln!(file, "{text}")?;
-    file.sync_all()?;
-    fs::rename(&unfinished, path)?;
-    File::open(folder)?.sync_all()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::domain::access::PresentedKey;
-    use crate::store::layout::Store;
+    use crate::store::layout::{Store, StoreSettings};
+    use crate::store::secret_file::OWNER_ONLY;
     use crate::telemetry::clock::ManualClock;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
+    use std::sync::Arc;
 
     #[tokio::test]
     async fn the_first_start_writes_the_key_and_later_ones_leave_it() {
         let data = std::env::temp_dir().join(format!("switchboard-operator-key-{}", std::process::id()));
         let _ = fs::remove_dir_all(&data);
-        let store = Store::open(&data, [7; 32]).unwrap();
+        let store = Store::open(&StoreSettings::at(&data, Arc::new(Random::seeded(7)))).unwrap();
         let (random, clock) = (Random::seeded(1), ManualClock::at(Timestamp(1)));
         let path = ensure_operator_key(store.meta(), &random, &clock, &data).await.unwrap();
         let text = fs::read_to_string(&path).unwrap();

@@ -55,7 +55,6 @@ impl Api {
             kind,
             volume: self.parts.store.roomiest_volume(),
             created_at: now,
-            deleting: false,
         };
         let id = record.id;
         let (key, key_record) = new_key(KeySubject::Number(id), &self.parts.random, now);
@@ -89,8 +88,7 @@ impl Api {
     pub fn numbers(&self, caller: Caller, size: i32, token: &str) -> Result<Page<NumberCard>, ApiError> {
         let tenant = tenant_only(caller)?;
         let size = page_size(size, PAGE_MAX)?;
-        let mut all = self.parts.store.meta().numbers(Some(tenant));
-        all.retain(|record| !record.deleting);
+        let all = self.parts.store.meta().numbers(Some(tenant));
         let position = |record: &Arc<NumberRecord>| [record.created_at.0, record.id.0];
         let page = page_of(all, TokenKind::Numbers, position, size, token)?;
         // One that is being removed has no handle any more.
@@ -105,8 +103,7 @@ impl Api {
     pub fn all_numbers(&self, caller: Caller) -> Result<Vec<NumberCard>, ApiError> {
         let tenant = tenant_only(caller)?;
         let all = self.parts.store.meta().numbers(Some(tenant));
-        let living = all.into_iter().filter(|record| !record.deleting);
-        Ok(living.filter_map(|record| self.card(record).ok()).collect())
+        Ok(all.into_iter().filter_map(|record| self.card(record).ok()).collect())
     }
 
     /// The keys of a number, without their secrets.

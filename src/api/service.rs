@@ -91,7 +91,7 @@ impl Api {
             KeySubject::Operator => Ok(Caller::Operator),
             KeySubject::Tenant(tenant) => Ok(Caller::Tenant(tenant)),
             KeySubject::Number(number) => {
-                let record = meta.number(number).filter(|record| !record.deleting).ok_or(Reason::Unauthorized)?;
+                let record = meta.number(number).ok_or(Reason::Unauthorized)?;
                 Ok(Caller::Number { number, tenant: record.tenant })
             }
         }
@@ -113,7 +113,7 @@ impl Api {
 
     pub(super) fn number_seen(&self, caller: Caller, id: NumberId) -> Result<Arc<NumberRecord>, ApiError> {
         let record = self.parts.store.meta().number(id);
-        let seen = record.filter(|record| !record.deleting && caller.sees_number(id, record.tenant));
+        let seen = record.filter(|record| caller.sees_number(id, record.tenant));
         Ok(seen.ok_or(Reason::NumberNotFound)?)
     }
 

@@ -23,6 +23,9 @@ pub(super) enum Command {
     /// Check or show the configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Change the master key that seals the data directory.
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Run the loopback WhatsApp.
     #[cfg(feature = "sandbox")]
     Sandbox {
@@ -58,4 +61,20 @@ pub(super) enum ConfigCommand {
     },
     /// Print every key with its default and its meaning.
     Defaults,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum KeysCommand {
+    /// Put a new master key in front of the old one; the daemon's next start wraps every data key under it.
+    RotateMaster {
+        /// TOML file of the daemon.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Remove the older master keys; refused while something is still wrapped under them. The daemon must be down.
+    DropOldMasters {
+        /// TOML file of the daemon.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use clap::Parser;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::arguments::{Arguments, Command, ConfigCommand};
+use super::arguments::{Arguments, Command, ConfigCommand, KeysCommand};
 use super::exit;
 use crate::config::sections::Config;
-use crate::daemon::Daemon;
+use crate::daemon::{self, Daemon};
 use crate::telemetry::clock::SystemClock;
 #[cfg(feature = "sandbox")]
 use crate::telemetry::failpoint;
@@ -29,6 +29,7 @@ pub fn run() -> ExitCode {
             print(Config::documentation());
             ExitCode::SUCCESS
         }
+        Command::Keys(command) => keys(command),
         #[cfg(feature = "sandbox")]
         Command::Sandbox { listen, data, seed } => {
             sandbox(crate::sandbox::server::SandboxConfig { listen, data, seed })
@@ -62,6 +63,31 @@ fn load(file: Option<&Path>) -> Result<Config, ExitCode> {
         complain(&mistakes.to_string());
         exit::code(exit::CONFIG)
     })
+}
+
+fn keys(command: KeysCommand) -> ExitCode {
+    let (KeysCommand::RotateMaster { config } | KeysCommand::DropOldMasters { config }) = &command;
+    let config = match load(config.as_deref()) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    let done = match command {
+        KeysCommand::RotateMaster { .. } => daemon::rotate_master_key(&config)
+            .map(|id| format!("new master key {id}: restart the daemon, then drop the old ones\n")),
+        KeysCommand::DropOldMasters { .. } => {
+            daemon::drop_old_master_keys(&config).map(|count| format!("{count} older master keys removed\n"))
+        }
+    };
+    match done {
+        Ok(text) => {
+            print(&text);
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(&error.to_string());
+            exit::code(exit::UNAVAILABLE)
+        }
+    }
 }
 
 fn block_on(work: impl Future<Output = ExitCode>) -> ExitCode {

@@ -18,6 +18,8 @@ use crate::telemetry::logging;
 pub struct Config {
     /// `[data]`.
     pub data: Data,
+    /// `[store]`.
+    pub store: Store,
     /// `[api]`.
     pub api: Api,
     /// `[admin]`.
@@ -41,6 +43,13 @@ pub struct Config {
 pub struct Data {
     /// The data directory.
     pub dir: PathBuf,
+}
+
+/// How everything is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Store {
+    /// The master key file; `None` is `keys/master.key` in the data directory.
+    pub master_key_file: Option<PathBuf>,
 }
 
 /// The public listener.
@@ -186,6 +195,7 @@ impl Reader<'_> {
     fn config(&mut self) -> Option<Config> {
         // Every section is read before the first `?`, so that one mistake does not hide the next.
         let data = self.text("data", "dir", "a path", |text| (!text.is_empty()).then(|| PathBuf::from(text)));
+        let store = self.store();
         let api = self.api();
         let admin = self.parsed("admin", "listen", PORTS);
         let log = self.log();
@@ -197,6 +207,7 @@ impl Reader<'_> {
         let grace = self.seconds("shutdown", "grace_seconds", 0..=600);
         Some(Config {
             data: Data { dir: data? },
+            store: store?,
             api: api?,
             admin: Admin { listen: admin? },
             log: log?,
@@ -206,6 +217,12 @@ impl Reader<'_> {
             webhook: Webhook { timeout: timeout?, allow_private: allow_private? },
             shutdown: Shutdown { grace: grace? },
         })
+    }
+
+    fn store(&mut self) -> Option<Store> {
+        let path = |text: &str| Some((!text.is_empty()).then(|| PathBuf::from(text)));
+        let master_key_file = self.text("store", "master_key_file", "a path, or \"\"", path);
+        Some(Store { master_key_file: master_key_file? })
     }
 
     fn api(&mut self) -> Option<Api> {

@@ -1,4 +1,40 @@
-//! What can go wrong with a write or a read, in the terms a caller can act on.
+//! What can go wrong with a write or a read, in the terms a caller can act on, and why a data directory does not open.
+
+use std::path::PathBuf;
+
+use super::master::MasterKeyError;
+
+/// The data directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process holds it.
+    #[error("data directory {0} is in use by another process")]
+    InUse(PathBuf),
+    /// Reading or writing it failed.
+    #[error("data directory {path}: {error}")]
+    Io {
+        /// Which one.
+        path: PathBuf,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// The control plane's own Db does not open.
+    #[error("meta store: {0}")]
+    Meta(#[from] StoreError),
+    /// It was written by a version with another format.
+    #[error("data directory {path} has format {found}; this version reads format {supported} only")]
+    Format {
+        /// Which one.
+        path: PathBuf,
+        /// The format it says it has.
+        found: u32,
+        /// The only one known here.
+        supported: u32,
+    },
+    /// The master key is missing, wrong or open to others.
+    #[error(transparent)]
+    MasterKey(#[from] MasterKeyError),
+}
 
 /// A failure of the store.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +54,9 @@ pub enum StoreError {
     /// The store is closed.
     #[error("the store is closed")]
     Closed,
+    /// The number was deleted: its data key is gone, and with it whatever it wrote.
+    #[error("the number was deleted")]
+    Erased,
     /// A stored record cannot be read.
     #[error("a stored record cannot be read: {0}")]
     Corrupt(String),

@@ -1,5 +1,6 @@
 //! The control plane's Db: tenants, numbers, keys, settings. Small, so it is held in memory whole and every
-//! change is written through before it can be seen.
+//! change is written through before it can be seen. Values are sealed: a number's under its own data key, the others
+//! under the key of `meta`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,16 +10,21 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, oneshot};
 
+use super::chunk::WHOLE;
 use super::committer::{CommitterStats, RawOp, Request};
-use super::error::StoreError;
+use super::error::{OpenError, StoreError};
+use super::keyring::{self, Keyring};
+use super::master::MasterKeyError;
+use super::number_store::NumberKeys;
+use super::seal::Sealer;
 use super::volume::Volume;
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
 use crate::domain::time::Timestamp;
+use crate::telemetry::rng::Random;
 
-const SCHEMA_VERSION: u32 = 1;
 /// Rows read when the Db is opened; far above any fleet this process can hold.
-const ROWS_MAX: usize = 4_000_000;
+pub(super) const ROWS_MAX: usize = 4_000_000;
 
 /// A tenant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,8 +63,15 @@ pub struct NumberRecord {
     pub volume: u8,
     /// When it was made.
     pub created_at: Timestamp,
-    /// Being erased: not served, finished at the next start if a crash came in between.
-    pub deleting: bool,
+}
+
+/// A deleted number whose records are still to be removed. They cannot be read any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Erasure {
+    /// Whose.
+    pub number: NumberId,
+    /// Where they are.
+    pub volume: u8,
 }
 
 /// Whom a key speaks for.
@@ -89,24 +102,20 @@ pub struct KeyRecord {
     pub expires_at: Option<Timestamp>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Settings {
-    schema: u32,
-    secret: [u8; 32],
-}
-
 #[derive(Default)]
 struct Tables {
     tenants: HashMap<TenantId, TenantRecord>,
     numbers: HashMap<NumberId, Arc<NumberRecord>>,
     phones: HashMap<Phone, NumberId>,
     keys: HashMap<String, Arc<KeyRecord>>,
+    sealers: HashMap<NumberId, Arc<Sealer>>,
+    erasures: HashMap<NumberId, Erasure>,
 }
 
 /// The control plane's records.
 pub struct Meta {
     volume: Volume,
-    secret: [u8; 32],
+    keyring: Keyring,
     tables: RwLock<Tables>,
     /// One change at a time, so that uniqueness is decided once.
     writer: Mutex<()>,
@@ -121,7 +130,7 @@ impl std::fmt::Debug for Meta {
 const TENANT: u8 = b'T';
 const NUMBER: u8 = b'N';
 const KEY: u8 = b'K';
-const SETTINGS: &[u8] = b"S";
+const ERASURE: u8 = b'E';
 
 fn key_of(tag: u8, id: &[u8]) -> Vec<u8> {
     let mut key = vec![tag];
@@ -129,59 +138,52 @@ fn key_of(tag: u8, id: &[u8]) -> Vec<u8> {
     key
 }
 
-fn encode(record: &impl Serialize) -> Result<Vec<u8>, StoreError> {
-    serde_json::to_vec(record).map_err(|error| StoreError::Corrupt(error.to_string()))
+fn number_of(key: &[u8]) -> Result<NumberId, StoreError> {
+    let id = key[1..].try_into().map_err(|_| StoreError::Corrupt("key of a number".to_owned()))?;
+    Ok(NumberId(u64::from_be_bytes(id)))
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StoreError> {
-    serde_json::from_slice(bytes).map_err(|error| StoreError::Corrupt(error.to_string()))
+fn encode(key: Vec<u8>, record: &impl Serialize, sealer: &Sealer, random: &Random) -> Result<RawOp, StoreError> {
+    let bytes = serde_json::to_vec(record).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+    let sealed = sealer.seal(&key, WHOLE, &bytes, random)?;
+    Ok(RawOp::Put(key, sealed))
+}
+
+fn decode<T: DeserializeOwned>(key: &[u8], sealed: &[u8], sealer: &Sealer) -> Result<T, StoreError> {
+    // The parser's own message may quote the value.
+    serde_json::from_slice(&sealer.open(key, sealed)?).map_err(|_| StoreError::Corrupt("a row of meta".to_owned()))
 }
 
 impl Meta {
-    pub(super) fn open(path: &Path, cache_bytes: u64, new_secret: [u8; 32]) -> Result<Self, StoreError> {
-        let volume = Volume::open("meta", path, cache_bytes)?;
-        let secret = match volume.get(SETTINGS)? {
-            Some(bytes) => {
-                let settings: Settings = decode(&bytes)?;
-                if settings.schema != SCHEMA_VERSION {
-                    return Err(StoreError::Corrupt(format!("schema {} is not supported", settings.schema)));
-                }
-                settings.secret
-            }
-            None => {
-                let settings = Settings { schema: SCHEMA_VERSION, secret: new_secret };
-                let (answer, done) = std::sync::mpsc::channel();
-                volume.submit(Request {
-                    ops: vec![RawOp::Put(SETTINGS.to_vec(), encode(&settings)?)],
-                    checks: Vec::new(),
-                    bytes: 64,
-                    durable: true,
-                    done: Box::new(move |outcome| drop(answer.send(outcome))),
-                });
-                done.recv().unwrap_or(Err(StoreError::Closed))?;
-                new_secret
-            }
-        };
-        let mut tables = Tables::default();
+    pub(super) fn open(volume: Volume, master_file: &Path, random: &Arc<Random>) -> Result<Self, OpenError> {
+        let keyring::Opened { keyring, numbers, to_wrap_again } = keyring::open(&volume, master_file, random)?;
+        keyring::wrap_again(&volume, to_wrap_again, &keyring.newest_master())?;
+        let mut tables = Tables { sealers: numbers, ..Tables::default() };
         for (key, value) in volume.scan(&[], &[u8::MAX], false, ROWS_MAX)? {
-            match key.first() {
-                Some(&TENANT) => {
-                    let record: TenantRecord = decode(&value)?;
-                    tables.tenants.insert(record.id, record);
-                }
-                Some(&NUMBER) => tables.insert_number(decode(&value)?),
-                Some(&KEY) => {
-                    let record: KeyRecord = decode(&value)?;
-                    tables.keys.insert(record.id.clone(), Arc::new(record));
-                }
-                _ => {}
-            }
+            tables.read(&key, &value, &keyring.meta)?;
         }
-        Ok(Self { volume, secret, tables: RwLock::new(tables), writer: Mutex::new(()) })
+        Ok(Self { volume, keyring, tables: RwLock::new(tables), writer: Mutex::new(()) })
     }
 
-    pub(super) fn secret(&self) -> [u8; 32] {
-        self.secret
+    /// Leaves only the newest master key in the file, if nothing is wrapped under another one. Gives how many went.
+    pub(super) fn drop_older_masters(volume: &Volume, file: &Path, random: &Arc<Random>) -> Result<usize, OpenError> {
+        // A directory that is new has no settings: nothing can be wrapped under a key that would go.
+        let opened = keyring::open(volume, file, random)?;
+        match opened.to_wrap_again.len() {
+            0 => Ok(opened.keyring.into_masters().drop_older(file)?),
+            wrapped => Err(MasterKeyError::StillUsed { wrapped }.into()),
+        }
+    }
+
+    /// What a number's records are sealed and named with; none once it was deleted.
+    pub(super) fn keys_for(&self, number: NumberId) -> Result<NumberKeys, StoreError> {
+        let sealer = self.tables().sealers.get(&number).cloned().ok_or(StoreError::Erased)?;
+        let Keyring { hash_secret, random, .. } = &self.keyring;
+        Ok(NumberKeys { sealer, hash_secret: hash_secret.clone(), random: random.clone() })
+    }
+
+    fn sealed(&self, key: Vec<u8>, record: &impl Serialize) -> Result<RawOp, StoreError> {
+        encode(key, record, &self.keyring.meta, &self.keyring.random)
     }
 
     fn tables(&self) -> RwLockReadGuard<'_, Tables> {
@@ -207,7 +209,7 @@ impl Meta {
     /// When the disk refuses.
     pub async fn put_tenant(&self, record: TenantRecord) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
-        self.write(vec![RawOp::Put(key_of(TENANT, &record.id.0.to_be_bytes()), encode(&record)?)]).await?;
+        self.write(vec![self.sealed(key_of(TENANT, &record.id.0.to_be_bytes()), &record)?]).await?;
         self.change(|tables| drop(tables.tenants.insert(record.id, record)));
         Ok(())
     }
@@ -226,7 +228,7 @@ impl Meta {
         all
     }
 
-    /// Stores a new number together with its keys. `Conflict` when its phone number is taken.
+    /// Stores a new number together with its API keys and its own data key. `Conflict` when its phone number is taken.
     ///
     /// # Errors
     /// `Conflict`, or when the disk refuses.
@@ -235,12 +237,15 @@ impl Meta {
         if self.tables().phones.contains_key(&record.phone) {
             return Err(StoreError::Conflict);
         }
-        let mut ops = vec![RawOp::Put(key_of(NUMBER, &record.id.0.to_be_bytes()), encode(&record)?)];
+        let (sealer, data_key) = self.keyring.issue(record.id)?;
+        let row = key_of(NUMBER, &record.id.0.to_be_bytes());
+        let mut ops = vec![data_key, encode(row, &record, &sealer, &self.keyring.random)?];
         for key in &keys {
-            ops.push(RawOp::Put(key_of(KEY, key.id.as_bytes()), encode(key)?));
+            ops.push(self.sealed(key_of(KEY, key.id.as_bytes()), key)?);
         }
         self.write(ops).await?;
         self.change(|tables| {
+            tables.sealers.insert(record.id, Arc::new(sealer));
             tables.insert_number(record);
             tables.keys.extend(keys.into_iter().map(|key| (key.id.clone(), Arc::new(key))));
         });
@@ -250,33 +255,61 @@ impl Meta {
     /// Changes an existing number's record.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// `Erased` when it was deleted, or when the disk refuses.
     pub async fn update_number(&self, record: NumberRecord) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
-        self.write(vec![RawOp::Put(key_of(NUMBER, &record.id.0.to_be_bytes()), encode(&record)?)]).await?;
+        let sealer = self.tables().sealers.get(&record.id).cloned().ok_or(StoreError::Erased)?;
+        let row = key_of(NUMBER, &record.id.0.to_be_bytes());
+        self.write(vec![encode(row, &record, &sealer, &self.keyring.random)?]).await?;
         self.change(|tables| tables.insert_number(record));
         Ok(())
     }
 
-    /// Forgets a number and every key that speaks for it.
+    /// Destroys a number's data key, its record and every API key that speaks for it: when this returns nobody can
+    /// read what the number wrote. Its records are listed as an [`Erasure`] until [`Self::erased`].
     ///
     /// # Errors
-    /// When the disk refuses.
-    pub async fn remove_number(&self, id: NumberId) -> Result<(), StoreError> {
+    /// When the disk refuses; the number is as it was then.
+    pub async fn begin_erasure(&self, id: NumberId) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
+        let Some(record) = self.number(id) else { return Ok(()) };
         let keys: Vec<String> = {
             let tables = self.tables();
             let of_number = tables.keys.values().filter(|key| key.subject == KeySubject::Number(id));
             of_number.map(|key| key.id.clone()).collect()
         };
-        let mut ops = vec![RawOp::Delete(key_of(NUMBER, &id.0.to_be_bytes()))];
+        let mut ops = vec![
+            RawOp::Delete(keyring::row_of(id)),
+            RawOp::Delete(key_of(NUMBER, &id.0.to_be_bytes())),
+            RawOp::Put(key_of(ERASURE, &id.0.to_be_bytes()), vec![record.volume]),
+        ];
         ops.extend(keys.iter().map(|key| RawOp::Delete(key_of(KEY, key.as_bytes()))));
         self.write(ops).await?;
         self.change(|tables| {
-            if let Some(record) = tables.numbers.remove(&id) {
-                tables.phones.remove(&record.phone);
-            }
+            tables.sealers.remove(&id);
+            tables.numbers.remove(&id);
+            tables.phones.remove(&record.phone);
             tables.keys.retain(|key, _| !keys.contains(key));
+            tables.erasures.insert(id, Erasure { number: id, volume: record.volume });
+        });
+        Ok(())
+    }
+
+    /// Deleted numbers whose records are still there.
+    #[must_use]
+    pub fn erasures(&self) -> Vec<Erasure> {
+        self.tables().erasures.values().copied().collect()
+    }
+
+    /// The records of a deleted number are gone.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub async fn erased(&self, id: NumberId) -> Result<(), StoreError> {
+        let _one = self.writer.lock().await;
+        self.write(vec![RawOp::Delete(key_of(ERASURE, &id.0.to_be_bytes()))]).await?;
+        self.change(|tables| {
+            tables.erasures.remove(&id);
         });
         Ok(())
     }
@@ -313,7 +346,7 @@ impl Meta {
     /// When the disk refuses.
     pub async fn put_key(&self, record: KeyRecord) -> Result<(), StoreError> {
         let _one = self.writer.lock().await;
-        self.write(vec![RawOp::Put(key_of(KEY, record.id.as_bytes()), encode(&record)?)]).await?;
+        self.write(vec![self.sealed(key_of(KEY, record.id.as_bytes()), &record)?]).await?;
         self.change(|tables| drop(tables.keys.insert(record.id.clone(), Arc::new(record))));
         Ok(())
     }
@@ -346,5 +379,32 @@ impl Tables {
     fn insert_number(&mut self, record: NumberRecord) {
         self.phones.insert(record.phone.clone(), record.id);
         self.numbers.insert(record.id, Arc::new(record));
+    }
+
+    /// Takes in one row; the data keys are there already.
+    fn read(&mut self, key: &[u8], value: &[u8], meta: &Sealer) -> Result<(), StoreError> {
+        match key.first() {
+            Some(&TENANT) => {
+                let record: TenantRecord = decode(key, value, meta)?;
+                self.tenants.insert(record.id, record);
+            }
+            Some(&NUMBER) => {
+                let id = number_of(key)?;
+                let lost = || StoreError::Corrupt("a number without its data key".to_owned());
+                let sealer = self.sealers.get(&id).ok_or_else(lost)?;
+                self.insert_number(decode(key, value, sealer)?);
+            }
+            Some(&KEY) => {
+                let record: KeyRecord = decode(key, value, meta)?;
+                self.keys.insert(record.id.clone(), Arc::new(record));
+            }
+            Some(&ERASURE) => {
+                let number = number_of(key)?;
+                let [volume] = *value else { return Err(StoreError::Corrupt("an erasure".to_owned())) };
+                self.erasures.insert(number, Erasure { number, volume });
+            }
+            _ => {}
+        }
+        Ok(())
     }
 }

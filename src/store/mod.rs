@@ -5,10 +5,16 @@ mod chunk;
 mod committer;
 pub mod error;
 pub mod key;
+mod keyring;
 pub mod layout;
+pub mod master;
 pub mod meta;
 pub mod number_store;
 mod open;
 pub mod records;
+pub mod seal;
+pub mod secret_file;
+#[cfg(test)]
+mod tests;
 pub mod unit;
 mod volume;

@@ -10,9 +10,11 @@ use super::chunk;
 use super::committer::{RawCheck, RawOp, Request};
 use super::error::StoreError;
 use super::key::{Tag, after_prefix, full_key, hashed};
+use super::seal::{Sealer, SecretBytes};
 use super::unit::{Check, Durability, Op, Unit};
 use super::volume::Volume;
 use crate::domain::id::{Epoch, NumberId};
+use crate::telemetry::rng::Random;
 
 /// Rows one scan may return.
 pub const SCAN_ROWS_MAX: usize = 1000;
@@ -35,9 +37,16 @@ pub struct NumberStore {
 struct Inner {
     number: NumberId,
     epoch: Epoch,
-    secret: [u8; 32],
+    keys: NumberKeys,
     volume: Arc<Volume>,
     poisoned: AtomicBool,
+}
+
+/// What a number's records are sealed and named with.
+pub(super) struct NumberKeys {
+    pub(super) sealer: Arc<Sealer>,
+    pub(super) hash_secret: Arc<SecretBytes>,
+    pub(super) random: Arc<Random>,
 }
 
 impl std::fmt::Debug for NumberStore {
@@ -47,8 +56,8 @@ impl std::fmt::Debug for NumberStore {
 }
 
 impl NumberStore {
-    pub(super) fn open(number: NumberId, epoch: Epoch, secret: [u8; 32], volume: Arc<Volume>) -> Self {
-        Self { inner: Arc::new(Inner { number, epoch, secret, volume, poisoned: AtomicBool::new(false) }) }
+    pub(super) fn open(number: NumberId, epoch: Epoch, keys: NumberKeys, volume: Arc<Volume>) -> Self {
+        Self { inner: Arc::new(Inner { number, epoch, keys, volume, poisoned: AtomicBool::new(false) }) }
     }
 
     /// Whose store it is.
@@ -77,7 +86,7 @@ impl NumberStore {
     /// A 16-byte stand-in for a name that must not stand in a key in clear.
     #[must_use]
     pub fn hashed(&self, kind: &str, name: &[u8]) -> [u8; 16] {
-        hashed(&self.inner.secret, self.inner.number, kind, name)
+        hashed(&self.inner.keys.hash_secret, self.inner.number, kind, name)
     }
 
     /// One record.
@@ -91,7 +100,8 @@ impl NumberStore {
         let Some(stored) = volume.get(&full_key(self.inner.number, tag, rest))? else {
             return Ok(None);
         };
-        chunk::decode(self.inner.number, tag, rest, &stored, |key| volume.get(key)).map(Some)
+        let sealer = &self.inner.keys.sealer;
+        chunk::decode(self.inner.number, tag, rest, &stored, sealer, |key| volume.get(key)).map(Some)
     }
 
     /// Records of one family whose key starts with `prefix`, as (rest of the key after the tag, value).
@@ -130,7 +140,7 @@ impl NumberStore {
         let mut decoded = Vec::with_capacity(rows.len());
         for (key, stored) in rows {
             let rest = key[9..].to_vec();
-            let value = chunk::decode(number, tag, &rest, &stored, |key| volume.get(key))?;
+            let value = chunk::decode(number, tag, &rest, &stored, &self.inner.keys.sealer, |key| volume.get(key))?;
             decoded.push((rest, value));
         }
         Ok(decoded)
@@ -154,28 +164,19 @@ impl NumberStore {
         if self.is_poisoned() {
             return done(Err(StoreError::Failed("the number's store is poisoned".to_owned())));
         }
-        if let Err(error) = unit.validate() {
-            return done(Err(error));
+        let staged = unit.validate().and_then(|()| self.ops_of(unit.ops));
+        match staged {
+            Ok((ops, bytes)) => self.inner.volume.submit(self.request(ops, bytes, unit.checks, unit.durability, done)),
+            Err(error) => done(Err(error)),
         }
-        let request = self.request(unit, done);
-        self.inner.volume.submit(request);
     }
 
-    fn request(&self, unit: Unit, done: impl FnOnce(Result<(), StoreError>) + Send + 'static) -> Request {
-        let number = self.inner.number;
-        let bytes = unit.bytes();
-        let durable = unit.durability == Durability::Durable;
-        let mut checks = vec![RawCheck::Equals(
-            full_key(number, Tag::Epoch, &[]),
-            self.inner.epoch.0.to_be_bytes().to_vec(),
-            StoreError::Fenced,
-        )];
-        checks.extend(unit.checks.into_iter().map(|check| match check {
-            Check::Absent { tag, rest } => RawCheck::Absent(full_key(number, tag, &rest)),
-            Check::Present { tag, rest } => RawCheck::Present(full_key(number, tag, &rest)),
-        }));
-        let mut ops = Vec::with_capacity(unit.ops.len());
-        for op in unit.ops {
+    /// The records to write, sealed, and their size.
+    fn ops_of(&self, changes: Vec<Op>) -> Result<(Vec<RawOp>, usize), StoreError> {
+        let (number, keys) = (self.inner.number, &self.inner.keys);
+        let mut ops = Vec::with_capacity(changes.len());
+        let mut bytes = 0;
+        for op in changes {
             let (Op::Put { tag, ref rest, .. } | Op::Delete { tag, ref rest }) = op;
             if may_be_cut(tag) {
                 let rest = rest.clone();
@@ -185,12 +186,40 @@ impl NumberStore {
             }
             match op {
                 Op::Put { tag, rest, value } => {
-                    let records = chunk::encode(number, tag, &rest, &value);
-                    ops.extend(records.into_iter().map(|(key, value)| RawOp::Put(key, value)));
+                    for (key, value) in chunk::encode(number, tag, &rest, &value, &keys.sealer, &keys.random)? {
+                        bytes += key.len() + value.len();
+                        ops.push(RawOp::Put(key, value));
+                    }
                 }
-                Op::Delete { tag, rest } => ops.push(RawOp::Delete(full_key(number, tag, &rest))),
+                Op::Delete { tag, rest } => {
+                    bytes += rest.len();
+                    ops.push(RawOp::Delete(full_key(number, tag, &rest)));
+                }
             }
         }
+        Ok((ops, bytes))
+    }
+
+    fn request(
+        &self,
+        ops: Vec<RawOp>,
+        bytes: usize,
+        checks: Vec<Check>,
+        durability: Durability,
+        done: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) -> Request {
+        let number = self.inner.number;
+        let wanted = checks;
+        let durable = durability == Durability::Durable;
+        let mut checks = vec![RawCheck::Equals(
+            full_key(number, Tag::Epoch, &[]),
+            self.inner.epoch.0.to_be_bytes().to_vec(),
+            StoreError::Fenced,
+        )];
+        checks.extend(wanted.into_iter().map(|check| match check {
+            Check::Absent { tag, rest } => RawCheck::Absent(full_key(number, tag, &rest)),
+            Check::Present { tag, rest } => RawCheck::Present(full_key(number, tag, &rest)),
+        }));
         let inner = self.inner.clone();
         Request {
             ops,

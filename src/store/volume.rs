@@ -1,13 +1,14 @@
 //! One volume: a Db with one tree and its committer. Numbers live in it as key ranges.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::committer::{Committer, CommitterStats, Request};
+use super::committer::{Committer, CommitterStats, RawOp, Request};
 use super::error::StoreError;
 use super::open;
 
 pub(super) struct Volume {
+    path: PathBuf,
     tree: sled::Tree,
     committer: Committer,
 }
@@ -21,7 +22,7 @@ impl Volume {
         log.sync_data().map_err(|error| StoreError::Failed(error.to_string()))?;
         let committer = Committer::start(name, db, tree.clone(), log)
             .map_err(|error| StoreError::Failed(format!("start committer: {error}")))?;
-        Ok(Self { tree, committer })
+        Ok(Self { path: path.to_owned(), tree, committer })
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
@@ -49,6 +50,18 @@ impl Volume {
 
     pub(super) fn submit(&self, request: Request) {
         self.committer.submit(request);
+    }
+
+    /// Writes and waits until it is on disk. Blocks: for opening and for commands, not for the runtime.
+    pub(super) fn write_now(&self, ops: Vec<RawOp>) -> Result<(), StoreError> {
+        let (answer, done) = std::sync::mpsc::channel();
+        let tell = Box::new(move |outcome| drop(answer.send(outcome)));
+        self.submit(Request { ops, checks: Vec::new(), bytes: 0, durable: true, done: tell });
+        done.recv().unwrap_or(Err(StoreError::Closed))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(super) fn is_failed(&self) -> bool {

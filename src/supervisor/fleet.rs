@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::directory::Directory;
+use super::eraser::Eraser;
 use super::root::{Root, RootMessage};
 use super::shard::Member;
 use crate::domain::id::{EventSeq, NumberId};
@@ -30,9 +31,6 @@ pub enum FleetError {
     /// The supervisor is going down.
     #[error("the supervisor is going down")]
     GoingDown,
-    /// The number's last socket would not go away.
-    #[error("the number's session did not end in time")]
-    SessionStuck,
     /// The disk refused.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -44,6 +42,7 @@ pub struct Fleet {
     environment: Arc<Environment>,
     directory: Arc<Directory>,
     root: ActorRef<RootMessage>,
+    eraser: Arc<Eraser>,
 }
 
 impl Fleet {
@@ -56,7 +55,8 @@ impl Fleet {
         let directory = Arc::new(Directory::default());
         let root = Root { environment: environment.clone(), directory: directory.clone() };
         let (root, ended) = Actor::spawn(None, root, ()).await?;
-        let fleet = Self { environment, directory, root };
+        let eraser = Arc::new(Eraser::start(environment.store.clone()));
+        let fleet = Self { environment, directory, root, eraser };
         fleet.boot().await;
         Ok((fleet, ended))
     }
@@ -65,13 +65,6 @@ impl Fleet {
         let meta = self.environment.store.meta().clone();
         let mut members = Vec::new();
         for record in meta.numbers(None) {
-            if record.deleting {
-                // A crash came between the order to delete and its end.
-                if let Err(error) = self.erase(&record).await {
-                    tracing::error!(number = %record.id, %error, "number is still being erased");
-                }
-                continue;
-            }
             members.push(self.member(&record));
         }
         tracing::info!(numbers = members.len(), "fleet booted");
@@ -103,33 +96,29 @@ impl Fleet {
         handle
     }
 
-    /// Stops a number and removes everything of it. A crash in between is finished at the next start.
+    /// Deletes a number. Its data key is destroyed first: from then on nothing of it can be read, whatever happens.
+    /// Then it stops, and its records are removed behind.
     ///
     /// # Errors
     /// See [`FleetError`].
     pub async fn remove(&self, id: NumberId) -> Result<(), FleetError> {
         let meta = self.environment.store.meta();
-        let record = meta.number(id).ok_or(FleetError::NotFound)?;
-        meta.update_number(NumberRecord { deleting: true, ..(*record).clone() }).await?;
+        if meta.number(id).is_none() {
+            return Err(FleetError::NotFound);
+        }
+        meta.begin_erasure(id).await?;
         let (done, stopped) = oneshot::channel();
         self.root.cast(RootMessage::Remove(id, done)).map_err(|_| FleetError::GoingDown)?;
         stopped.await.map_err(|_| FleetError::GoingDown)?;
-        let handle = self.directory.get(id);
-        let _slot = match &handle {
-            Some(handle) => {
-                let gone = tokio::time::timeout(SOCKET_PATIENCE, handle.slot().clone().acquire_owned()).await;
-                Some(gone.map_err(|_| FleetError::SessionStuck)?)
+        self.eraser.wake();
+        if let Some(handle) = self.directory.get(id) {
+            let gone = tokio::time::timeout(SOCKET_PATIENCE, handle.slot().clone().acquire_owned()).await;
+            if gone.is_err() {
+                tracing::warn!(number = %id, "the last socket of a deleted number does not go away");
             }
-            None => None,
-        };
-        self.erase(&record).await?;
+        }
         self.directory.remove(id);
         Ok(())
-    }
-
-    async fn erase(&self, record: &NumberRecord) -> Result<(), StoreError> {
-        self.environment.store.erase(record.id, record.volume).await?;
-        self.environment.store.meta().remove_number(record.id).await
     }
 
     /// Ends a quarantine and forgets its crashes.

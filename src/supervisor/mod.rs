@@ -2,6 +2,7 @@
 //! the directory everybody finds numbers in; the gate that limits how fast sessions are opened.
 
 pub mod directory;
+mod eraser;
 pub mod fleet;
 pub mod gate;
 mod root;

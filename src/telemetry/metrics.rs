@@ -32,6 +32,7 @@ const COMMITTER_GROUPS_TOTAL: &str = "switchboard_committer_groups_total";
 const COMMITTER_UNITS_TOTAL: &str = "switchboard_committer_units_total";
 const COMMITTER_SYNC_SECONDS: &str = "switchboard_committer_sync_seconds";
 const VOLUMES_FAILED: &str = "switchboard_volumes_failed";
+const ERASURES_WAITING: &str = "switchboard_erasures_waiting";
 const BUILD_INFO: &str = "switchboard_build_info";
 
 /// From a cached answer to a stalled disk, in seconds.
@@ -107,6 +108,7 @@ fn describe() {
     describe_counter!(COMMITTER_UNITS_TOTAL, "Units written, by volume");
     describe_gauge!(COMMITTER_SYNC_SECONDS, "Time spent in flush and fdatasync since the start, by volume");
     describe_gauge!(VOLUMES_FAILED, "Volumes that failed or did not open");
+    describe_gauge!(ERASURES_WAITING, "Deleted numbers whose unreadable records are still to be removed");
     describe_gauge!(BUILD_INFO, "Always 1; the labels say which build this is");
 }
 
@@ -266,6 +268,11 @@ pub fn committer(volume: &str, figures: CommitterFigures) {
 /// How many volumes failed or did not open.
 pub fn volumes_failed(count: usize) {
     gauge!(VOLUMES_FAILED).set(count as f64);
+}
+
+/// How many deleted numbers still have records on disk.
+pub fn erasures_waiting(count: usize) {
+    gauge!(ERASURES_WAITING).set(count as f64);
 }
 
 #[cfg(test)]

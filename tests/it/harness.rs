@@ -133,6 +133,11 @@ impl World {
         Self { sandbox, daemon: Some(daemon), sink, phones, operator, settings, directory }
     }
 
+    /// The daemon's data directory.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.directory.0.join("data")
+    }
+
     pub(crate) fn api(&self) -> SocketAddr {
         self.daemon.as_ref().unwrap().api
     }

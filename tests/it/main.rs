@@ -20,5 +20,6 @@ mod failures;
 mod harness;
 mod isolation;
 mod restart;
+mod sealing;
 mod story;
 mod surface;

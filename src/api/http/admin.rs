@@ -77,6 +77,7 @@ impl Admin {
             metrics::committer(&volume, figures);
         }
         metrics::volumes_failed(usize::from(parts.store.has_failed_volume()));
+        metrics::erasures_waiting(parts.store.meta().erasures().len());
         let mut text = parts.exposition.render();
         let numbers = parts.fleet.get().map(|fleet| fleet.directory().all()).unwrap_or_default();
         let series = numbers.iter().map(|number| (number.labels(), number.stats()));

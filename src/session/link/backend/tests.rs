@@ -13,11 +13,14 @@ use whatsapp_rust::wacore::store::traits::{
 };
 
 use super::{LinkBackend, forget_device, is_linked, provision};
-use crate::domain::id::NumberId;
+use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
+use crate::domain::time::Timestamp;
 use crate::store::key::Tag;
-use crate::store::layout::Store;
+use crate::store::layout::{Store, StoreSettings};
+use crate::store::meta::{NumberKind, NumberRecord};
 use crate::store::number_store::{NumberStore, Order};
+use crate::telemetry::rng::Random;
 
 /// A store in a directory of its own, removed at the end.
 struct Home {
@@ -31,7 +34,17 @@ impl Home {
     async fn open(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("switchboard-backend-{}-{name}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
-        let store = Store::open(&dir, [7; 32]).unwrap();
+        let store = Store::open(&StoreSettings::at(&dir, Arc::new(Random::seeded(7)))).unwrap();
+        let record = NumberRecord {
+            id: NumberId(1),
+            tenant: TenantId(1),
+            name: name.to_owned(),
+            phone: Phone::parse("15550000001").unwrap(),
+            kind: NumberKind::Linked,
+            volume: 0,
+            created_at: Timestamp(1),
+        };
+        store.meta().create_number(record, Vec::new()).await.unwrap();
         let number = store.claim(NumberId(1), 0).await.unwrap();
         Self { dir, store, number, failures: Arc::default() }
     }

@@ -1,0 +1,4 @@
+//! The promises of the seam, on the real store.
+
+mod home;
+mod sealing;
