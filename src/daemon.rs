@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use crate::api::drain::{self, DrainTrigger};
@@ -17,7 +18,8 @@ use crate::api::service::{Api, Parts};
 use crate::config::sections::Config;
 use crate::domain::gate::GateLimits;
 use crate::domain::limiter::{Limits, Pace};
-use crate::number::environment::Environment;
+use crate::domain::retention::Policy as Keeping;
+use crate::number::environment::{Environment, SWEEPS_AT_ONCE};
 use crate::session::contract::SessionHandle;
 use crate::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
 use crate::session::opener::{OpenPurpose, OpenRequest, Opener};
@@ -287,6 +289,8 @@ fn environment(
         gate: gate.clone(),
         webhooks: webhooks.map_err(part("webhooks"))?,
         limits: limits(config),
+        policy: policy_of(config),
+        sweeps: Arc::new(Semaphore::new(SWEEPS_AT_ONCE)),
     });
     Ok((sessions, gate, environment))
 }
@@ -310,5 +314,17 @@ fn limits(config: &Config) -> Limits {
     Limits {
         number: Pace { interval: config.limits.interval, burst: config.limits.burst },
         chat: Pace { interval: config.limits.chat_interval, burst: config.limits.chat_burst },
+    }
+}
+
+fn policy_of(config: &Config) -> Keeping {
+    let retention = &config.retention;
+    Keeping {
+        events_kept: retention.events,
+        events_max: retention.events_max.into(),
+        attempts_kept: retention.attempts,
+        attempts_max: retention.attempts_max,
+        dead_letters_kept: retention.dead_letters,
+        sweep_every: retention.sweep,
     }
 }

@@ -11,6 +11,7 @@ use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
 use crate::domain::lifecycle::Desired;
 use crate::domain::phone::Phone;
+use crate::domain::retention::Retention;
 use crate::number::handle::NumberView;
 use crate::number::message::Control;
 use crate::store::error::StoreError;
@@ -55,6 +56,7 @@ impl Api {
             kind,
             volume: self.parts.store.roomiest_volume(),
             created_at: now,
+            retention: Retention::default(),
         };
         let id = record.id;
         let (key, key_record) = new_key(KeySubject::Number(id), &self.parts.random, now);

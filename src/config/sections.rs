@@ -32,6 +32,8 @@ pub struct Config {
     pub gate: Gate,
     /// `[limits]`.
     pub limits: Limits,
+    /// `[retention]`.
+    pub retention: Retention,
     /// `[webhook]`.
     pub webhook: Webhook,
     /// `[shutdown]`.
@@ -143,6 +145,23 @@ pub struct Limits {
     pub chat_burst: u32,
 }
 
+/// How long what is not history is kept, and how often every number looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retention {
+    /// Events, for streams that come back.
+    pub events: Duration,
+    /// Most events of a number.
+    pub events_max: u32,
+    /// The log of webhook attempts.
+    pub attempts: Duration,
+    /// Most attempts of an endpoint.
+    pub attempts_max: u32,
+    /// Dead letters.
+    pub dead_letters: Duration,
+    /// Between two looks of a number for what is too old.
+    pub sweep: Duration,
+}
+
 /// Webhook delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Webhook {
@@ -202,6 +221,7 @@ impl Reader<'_> {
         let whatsapp = self.whatsapp();
         let gate = self.gate();
         let limits = self.limits();
+        let retention = self.retention();
         let timeout = self.seconds("webhook", "timeout_seconds", 1..=60);
         let allow_private = self.bool("webhook", "allow_private");
         let grace = self.seconds("shutdown", "grace_seconds", 0..=600);
@@ -214,6 +234,7 @@ impl Reader<'_> {
             whatsapp: whatsapp?,
             gate: gate?,
             limits: limits?,
+            retention: retention?,
             webhook: Webhook { timeout: timeout?, allow_private: allow_private? },
             shutdown: Shutdown { grace: grace? },
         })
@@ -278,6 +299,23 @@ impl Reader<'_> {
         })
     }
 
+    fn retention(&mut self) -> Option<Retention> {
+        let events = self.days("retention", "event_days", 1..=3650);
+        let events_max = self.integer("retention", "event_count", 1000..=100_000_000);
+        let attempts = self.days("retention", "attempt_days", 1..=3650);
+        let attempts_max = self.integer("retention", "attempt_count", 50..=100_000);
+        let dead_letters = self.days("retention", "dead_letter_days", 1..=3650);
+        let sweep = self.seconds("retention", "sweep_seconds", 1..=86_400);
+        Some(Retention {
+            events: events?,
+            events_max: events_max?,
+            attempts: attempts?,
+            attempts_max: attempts_max?,
+            dead_letters: dead_letters?,
+            sweep: sweep?,
+        })
+    }
+
     fn parsed<T: FromStr>(&mut self, section: &str, key: &str, expected: &str) -> Option<T> {
         self.text(section, key, expected, |text| text.parse().ok())
     }
@@ -324,6 +362,10 @@ impl Reader<'_> {
 
     fn seconds(&mut self, section: &str, key: &str, range: RangeInclusive<u32>) -> Option<Duration> {
         self.integer(section, key, range).map(|seconds| Duration::from_secs(seconds.into()))
+    }
+
+    fn days(&mut self, section: &str, key: &str, range: RangeInclusive<u32>) -> Option<Duration> {
+        self.integer(section, key, range).map(|days| Duration::from_secs(u64::from(days) * 24 * 3600))
     }
 
     fn value<T>(&mut self, section: &str, key: &str, expected: &str, read: impl Fn(&Raw) -> Option<T>) -> Option<T> {

@@ -6,9 +6,10 @@ use super::delivery::{DeliveryRow, Endpoint};
 use super::event::Event;
 use super::id::{ChatNo, EventSeq, MessageSeq};
 use super::lifecycle::Life;
-use super::message::{Direction, MessageRecord, Progress};
+use super::message::{Content, Direction, MessageRecord, Progress};
 use super::outbox::OutboxRow;
 use super::phone::Contact;
+use super::retention::Removal;
 use super::time::Timestamp;
 
 /// One change of one record of a number.
@@ -20,14 +21,16 @@ pub enum Change {
     Progress(MessageSeq, Progress),
     /// An accepted send that is not settled.
     Outbox(OutboxRow),
+    /// What an accepted send says, where the history does not keep it; goes with the outbox row.
+    Body(MessageSeq, Content),
     /// A settled send.
     OutboxGone(MessageSeq),
     /// The answer a request id got.
     Idempotency(IdempotencyKey, IdempotencyRecord),
     /// A chat and the addresses it is found by.
     Chat(ChatNo, Contact),
-    /// An inbound message that must not be taken in twice.
-    Seen(SeenKey, MessageSeq),
+    /// An inbound message that must not be taken in twice, and when it was.
+    Seen(SeenKey, MessageSeq, Timestamp),
     /// An entry of the event log.
     Event(Event),
     /// An event waits for an endpoint.
@@ -46,6 +49,8 @@ pub enum Change {
     Counters(Counters),
     /// The number's life.
     Life(Life),
+    /// Something that was kept long enough.
+    Removed(Removal),
 }
 
 /// Hash of a request id together with the key that used it; made by the store.
@@ -77,6 +82,10 @@ pub struct SeenKey {
     /// Hash of the decoded message.
     pub digest: [u8; 16],
 }
+
+/// Hash of a [`SeenKey`]; made by the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SeenHash(pub [u8; 16]);
 
 /// One webhook attempt, for the delivery log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -110,4 +119,10 @@ pub struct Counters {
     pub endpoint: u32,
     /// Whether the last thing customers were told about the connection is that it stands.
     pub announced_connected: bool,
+    /// Last event that is no longer part of the log, whatever still waits for it.
+    #[serde(default)]
+    pub event_floor: u64,
+    /// Last message made before the number began to only relay; unset while it keeps a history.
+    #[serde(default)]
+    pub relays_since: Option<MessageSeq>,
 }

@@ -58,6 +58,8 @@ pub enum Content {
     Other(String),
     /// Could not be decrypted (yet); filled when the sender repeats it.
     Undecryptable,
+    /// The number only relays: what it said went through and was not kept.
+    NotKept,
 }
 
 impl Content {
@@ -66,7 +68,7 @@ impl Content {
     pub fn text(&self) -> &str {
         match self {
             Self::Text(text) => text,
-            Self::Other(_) | Self::Undecryptable => "",
+            Self::Other(_) | Self::Undecryptable | Self::NotKept => "",
         }
     }
 
@@ -77,6 +79,7 @@ impl Content {
             Self::Text(_) => "text",
             Self::Other(kind) => kind,
             Self::Undecryptable => "undecryptable",
+            Self::NotKept => "not_kept",
         }
     }
 }

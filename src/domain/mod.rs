@@ -15,5 +15,6 @@ pub mod number;
 pub mod outbox;
 pub mod phone;
 pub mod restart;
+pub mod retention;
 pub mod time;
 pub mod webhook;

@@ -19,6 +19,7 @@ use crate::domain::id::{EventSeq, NumberId};
 use crate::domain::lifecycle;
 use crate::domain::message::FailureCode;
 use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
+use crate::domain::retention::Rules;
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
 use crate::store::error::StoreError;
@@ -171,6 +172,7 @@ impl Actor for NumberActor {
                 let id = state.wait(Waiter::RemoveEndpoint(reply));
                 state.step(Input::RemoveEndpoint(ordinal, id), &myself);
             }
+            NumberMessage::Retention(retention) => state.step(Input::Retention(retention), &myself),
             NumberMessage::Ping => state.handle.answered(state.environment.clock.monotonic()),
             NumberMessage::Drain => {
                 state.draining = true;
@@ -257,6 +259,7 @@ impl NumberState {
             }
             Inner::Attempted(record, attempted) => self.step(Input::Attempted(record, attempted), myself),
             Inner::PageLoaded(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows?), myself),
+            Inner::Swept(found) => self.step(Input::Swept(found?), myself),
             Inner::Wake => {
                 self.wake = None;
                 self.step(Input::Tick, myself);
@@ -270,13 +273,18 @@ impl NumberState {
         loaded: Result<(NumberStore, Snapshot), StoreError>,
         myself: &ActorRef<NumberMessage>,
     ) -> Result<(), StoreLost> {
-        let (store, snapshot) = loaded?;
+        let (store, mut snapshot) = loaded?;
         let now = self.environment.clock.now();
         let limits = self.environment.limits;
         let durable_events = EventSeq(snapshot.counters.event);
+        self.handle.events_begin_after(EventSeq(snapshot.counters.event_floor));
+        // Whoever sets it looks for the actor afterwards: either this sees the record, or the actor gets the message.
+        self.handle.set_live(Some(Live { actor: myself.clone(), store: store.clone() }));
+        let record = self.environment.store.meta().number(self.handle.id());
+        let retention = record.map(|record| record.retention).unwrap_or_default();
+        snapshot.rules = Rules { policy: self.environment.policy, retention };
         let (number, effects) = Number::restore(self.handle.id(), snapshot, limits, now);
-        self.loaded = Some(Loaded { number, store: store.clone() });
-        self.handle.set_live(Some(Live { actor: myself.clone(), store }));
+        self.loaded = Some(Loaded { number, store });
         self.handle.events_visible(durable_events);
         self.perform(effects, myself);
         self.publish(now);

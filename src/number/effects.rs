@@ -10,10 +10,15 @@ use super::session_pump::SessionPump;
 use crate::domain::close::CloseReason;
 use crate::domain::delivery::{DeliveryRow, LoadPage, WINDOW_MAX};
 use crate::domain::gate::Priority;
+use crate::domain::id::MessageSeq;
 use crate::domain::lifecycle::{self, Purpose, State};
+use crate::domain::message::Content;
 use crate::domain::number::{Commit, Counted, Effect, Reply, ReplyId, Transmit};
+use crate::domain::retention::Sweep;
 use crate::session::contract::{Outgoing, SendError, SessionCommand};
 use crate::session::opener::OpenPurpose;
+use crate::store::error::StoreError;
+use crate::store::number_store::NumberStore;
 use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics;
 
@@ -35,6 +40,8 @@ impl NumberState {
             Effect::Deliver(endpoint, row) => self.deliver(endpoint, row, myself),
             Effect::LoadPage(page) => self.load_page(page, myself),
             Effect::EventsVisible(seq) => self.handle.events_visible(seq),
+            Effect::EventFloor(seq) => self.handle.events_begin_after(seq),
+            Effect::Sweep(sweep) => self.sweep(sweep, myself),
             Effect::StateChanged { from, to } => self.state_changed(from, to),
             Effect::Count(counted) => self.count(counted),
             Effect::Drained => self.drained(myself),
@@ -144,8 +151,8 @@ impl NumberState {
         }
         let store = store.clone();
         self.tasks.spawn(async move {
-            let error = match store.message(seq).await {
-                Ok(Some(record)) => match commands.try_send(SessionCommand::Send(outgoing(record.content))) {
+            let error = match said(&store, seq).await {
+                Ok(Some(content)) => match commands.try_send(SessionCommand::Send(outgoing(content))) {
                     Ok(()) => return,
                     Err(_) => SendError::Offline,
                 },
@@ -205,6 +212,17 @@ impl NumberState {
         });
     }
 
+    /// Looks for what is too old; a few numbers of the process at a time.
+    fn sweep(&mut self, sweep: Sweep, myself: &ActorRef<NumberMessage>) {
+        let Some(Loaded { store, .. }) = &self.loaded else { return };
+        let (store, actor, turns) = (store.clone(), myself.clone(), self.environment.sweeps.clone());
+        self.tasks.spawn(async move {
+            let Ok(_turn) = turns.acquire().await else { return };
+            let found = store.find(sweep).await;
+            let _ = actor.cast(Inner::Swept(found).into());
+        });
+    }
+
     fn state_changed(&self, from: State, to: State) {
         let reason = self.loaded.as_ref().map_or("", |loaded| loaded.number.life().reason.as_str());
         tracing::info!(from = from.name(), to = to.name(), reason, "state");
@@ -241,5 +259,13 @@ impl NumberState {
                 });
             }
         }
+    }
+}
+
+/// What a send says: by its history row, or beside its outbox row where the history keeps nothing.
+async fn said(store: &NumberStore, seq: MessageSeq) -> Result<Option<Content>, StoreError> {
+    match store.message(seq).await? {
+        Some(record) if record.content != Content::NotKept => Ok(Some(record.content)),
+        _ => store.body(seq).await,
     }
 }

@@ -2,15 +2,21 @@
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use super::message::GateTurn;
 use crate::domain::gate::Priority;
 use crate::domain::id::NumberId;
 use crate::domain::limiter::Limits;
+use crate::domain::retention::Policy;
 use crate::session::opener::Opener;
 use crate::store::layout::Store;
 use crate::telemetry::clock::Clock;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::WebhookClient;
+
+/// Numbers that look for what is too old at once.
+pub const SWEEPS_AT_ONCE: usize = 4;
 
 /// Shared by all numbers of the process.
 pub struct Environment {
@@ -28,6 +34,10 @@ pub struct Environment {
     pub webhooks: WebhookClient,
     /// What a number may send.
     pub limits: Limits,
+    /// How long things are kept.
+    pub policy: Policy,
+    /// Turns to look for what is too old, so that a fleet does not look all at once.
+    pub sweeps: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Environment {

@@ -109,6 +109,7 @@ pub struct NumberHandle {
     stats: NumberStats,
     view: watch::Sender<NumberView>,
     events: watch::Sender<EventSeq>,
+    event_floor: AtomicU64,
     live: watch::Sender<Option<Arc<Live>>>,
     calls: Arc<Semaphore>,
     slot: Arc<Semaphore>,
@@ -135,6 +136,7 @@ impl NumberHandle {
             stats: NumberStats::default(),
             view: watch::Sender::new(view),
             events: watch::Sender::new(EventSeq(0)),
+            event_floor: AtomicU64::new(0),
             live: watch::Sender::new(None),
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             slot: Arc::new(Semaphore::new(1)),
@@ -214,6 +216,17 @@ impl NumberHandle {
 
     pub(crate) fn change_view(&self, change: impl FnOnce(&mut NumberView)) {
         self.view.send_modify(change);
+    }
+
+    /// The event log begins behind this event.
+    pub(crate) fn events_begin_after(&self, seq: EventSeq) {
+        self.event_floor.fetch_max(seq.0, Ordering::AcqRel);
+    }
+
+    /// The last event that is no longer part of the log.
+    #[must_use]
+    pub fn event_floor(&self) -> EventSeq {
+        EventSeq(self.event_floor.load(Ordering::Acquire))
     }
 
     pub(crate) fn events_visible(&self, seq: EventSeq) {

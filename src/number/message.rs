@@ -10,6 +10,7 @@ use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
 use crate::domain::id::MessageSeq;
 use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
+use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
 use crate::store::error::StoreError;
@@ -139,6 +140,8 @@ pub enum NumberMessage {
     AddEndpoint(Box<Endpoint>, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     /// Remove one.
     RemoveEndpoint(u32, oneshot::Sender<Result<(), EndpointRefused>>),
+    /// What it keeps was set; on disk already.
+    Retention(Retention),
     /// The watchdog asks for a sign of life.
     Ping,
     /// Finish what waits for an answer, close politely, end.
@@ -161,6 +164,7 @@ pub(super) enum Inner {
     Session(ConnectionNo, FromSession, Option<OwnedSemaphorePermit>),
     Attempted(AttemptRecord, Attempted),
     PageLoaded(u32, Result<Vec<DeliveryRow>, StoreError>),
+    Swept(Result<Found, StoreError>),
     Wake,
 }
 

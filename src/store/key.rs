@@ -49,8 +49,12 @@ pub enum Tag {
     ChatAlias = 0x15,
     /// Chats by number.
     Chat = 0x16,
+    /// When inbound messages were noted: time, the key of `Seen`.
+    SeenTime = 0x17,
     /// Accepted sends that are not settled, by sequence.
     Outbox = 0x20,
+    /// What they say, where the history does not keep it.
+    OutboxBody = 0x24,
     /// h(request id) to the answer it got.
     Idempotency = 0x22,
     /// Expiry of idempotency records: time, h(request id).

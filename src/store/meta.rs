@@ -20,6 +20,7 @@ use super::seal::Sealer;
 use super::volume::Volume;
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
+use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
 use crate::telemetry::rng::Random;
 
@@ -63,6 +64,9 @@ pub struct NumberRecord {
     pub volume: u8,
     /// When it was made.
     pub created_at: Timestamp,
+    /// What it keeps of its messages.
+    #[serde(default)]
+    pub retention: Retention,
 }
 
 /// A deleted number whose records are still to be removed. They cannot be read any more.

@@ -14,6 +14,7 @@ mod open;
 pub mod records;
 pub mod seal;
 pub mod secret_file;
+mod sweep;
 #[cfg(test)]
 mod tests;
 pub mod unit;

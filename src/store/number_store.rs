@@ -120,21 +120,9 @@ impl NumberStore {
         limit: usize,
     ) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         let number = self.inner.number;
-        let mut low = full_key(number, tag, prefix);
-        let Some(mut high) = after_prefix(&low) else {
+        let Some((low, high)) = self.range(tag, prefix, from, order) else {
             return Ok(Vec::new());
         };
-        match (from, order) {
-            (Some(from), Order::Ascending) => {
-                low = full_key(number, tag, from);
-                low.push(0);
-            }
-            (Some(from), Order::Descending) => high = full_key(number, tag, from),
-            (None, _) => {}
-        }
-        if low >= high {
-            return Ok(Vec::new());
-        }
         let volume = &self.inner.volume;
         let rows = volume.scan(&low, &high, order == Order::Descending, limit.min(SCAN_ROWS_MAX))?;
         let mut decoded = Vec::with_capacity(rows.len());
@@ -144,6 +132,43 @@ impl NumberStore {
             decoded.push((rest, value));
         }
         Ok(decoded)
+    }
+
+    /// The keys that [`Self::scan`] would give, `skip` of them left out, without reading a value. As many as `limit`
+    /// says: the caller bounds it.
+    ///
+    /// # Errors
+    /// `Failed`.
+    #[expect(clippy::unused_async, reason = "the seam is async for stores that are not local")]
+    pub async fn keys(
+        &self,
+        tag: Tag,
+        prefix: &[u8],
+        from: Option<&[u8]>,
+        order: Order,
+        (skip, limit): (usize, usize),
+    ) -> Result<Vec<Vec<u8>>, StoreError> {
+        let Some((low, high)) = self.range(tag, prefix, from, order) else {
+            return Ok(Vec::new());
+        };
+        let keys = self.inner.volume.keys(&low, &high, order == Order::Descending, skip, limit)?;
+        Ok(keys.into_iter().map(|key| key[9..].to_vec()).collect())
+    }
+
+    /// The full keys `[low, high)` of a scan; `None` when there are none.
+    fn range(&self, tag: Tag, prefix: &[u8], from: Option<&[u8]>, order: Order) -> Option<(Vec<u8>, Vec<u8>)> {
+        let number = self.inner.number;
+        let mut low = full_key(number, tag, prefix);
+        let mut high = after_prefix(&low)?;
+        match (from, order) {
+            (Some(from), Order::Ascending) => {
+                low = full_key(number, tag, from);
+                low.push(0);
+            }
+            (Some(from), Order::Descending) => high = full_key(number, tag, from),
+            (None, _) => {}
+        }
+        (low < high).then_some((low, high))
     }
 
     /// Writes a unit and waits until it is as durable as it asks to be.
@@ -253,6 +278,7 @@ fn may_be_cut(tag: Tag) -> bool {
             | Tag::SentMessage
             | Tag::PendingInbound
             | Tag::Message
+            | Tag::OutboxBody
             | Tag::Event
     )
 }

@@ -12,26 +12,34 @@ use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey, Ide
 use crate::domain::delivery::{DeliveryRow, Endpoint};
 use crate::domain::event::Event;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
-use crate::domain::message::{Direction, MessageRecord, Progress};
+use crate::domain::message::{Content, Direction, MessageRecord, Progress};
 use crate::domain::number::{Commit, Snapshot};
 use crate::domain::phone::Contact;
+use crate::domain::retention::Rules;
+use crate::domain::time::Timestamp;
 
-fn encode(record: &impl Serialize) -> Vec<u8> {
+pub(super) fn encode(record: &impl Serialize) -> Vec<u8> {
     // Records are plain data with string keys: serialising them cannot fail.
     serde_json::to_vec(record).unwrap_or_default()
 }
 
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StoreError> {
+pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StoreError> {
     serde_json::from_slice(bytes).map_err(|error| StoreError::Corrupt(error.to_string()))
 }
 
-fn word(bytes: &[u8]) -> Result<u64, StoreError> {
+pub(super) fn word(bytes: &[u8]) -> Result<u64, StoreError> {
     bytes.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Corrupt("sequence".to_owned()))
 }
 
-fn pair_key(first: u32, second: u64) -> Vec<u8> {
+pub(super) fn pair_key(first: u32, second: u64) -> Vec<u8> {
     let mut key = first.to_be_bytes().to_vec();
     key.extend_from_slice(&second.to_be_bytes());
+    key
+}
+
+pub(super) fn time_key(at: Timestamp, name: &[u8]) -> Vec<u8> {
+    let mut key = at.0.to_be_bytes().to_vec();
+    key.extend_from_slice(name);
     key
 }
 
@@ -67,12 +75,14 @@ impl NumberStore {
             Change::Outbox(row) => {
                 unit.put(Tag::Outbox, row.seq.0.to_be_bytes(), encode(&row));
             }
+            Change::Body(seq, content) => {
+                unit.put(Tag::OutboxBody, seq.0.to_be_bytes(), encode(&content));
+            }
             Change::OutboxGone(seq) => {
-                unit.delete(Tag::Outbox, seq.0.to_be_bytes());
+                unit.delete(Tag::Outbox, seq.0.to_be_bytes()).delete(Tag::OutboxBody, seq.0.to_be_bytes());
             }
             Change::Idempotency(key, record) => {
-                let mut expiry = record.expires_at.0.to_be_bytes().to_vec();
-                expiry.extend_from_slice(&key.0);
+                let expiry = time_key(record.expires_at, &key.0);
                 unit.put(Tag::Idempotency, key.0, encode(&record)).put(Tag::IdempotencyExpiry, expiry, []);
             }
             Change::Chat(chat, contact) => {
@@ -81,8 +91,9 @@ impl NumberStore {
                 }
                 unit.put(Tag::Chat, chat.0.to_be_bytes(), encode(&contact));
             }
-            Change::Seen(key, seq) => {
-                unit.put(Tag::Seen, self.hashed("seen", &seen_name(&key)), seq.0.to_be_bytes());
+            Change::Seen(key, seq, at) => {
+                let hash = self.hashed("seen", &seen_name(&key));
+                unit.put(Tag::Seen, hash, seq.0.to_be_bytes()).put(Tag::SeenTime, time_key(at, &hash), []);
             }
             Change::Event(event) => {
                 unit.put(Tag::Event, event.id.seq.0.to_be_bytes(), encode(&event));
@@ -104,7 +115,7 @@ impl NumberStore {
             Change::Endpoint(endpoint) => {
                 unit.put(Tag::Endpoint, endpoint.ordinal.to_be_bytes(), encode(&endpoint));
             }
-            // Rows still queued for it are orphans that the next load sweeps away.
+            // Rows still queued for it are orphans that a later pass sweeps away.
             Change::EndpointGone(ordinal) => {
                 unit.delete(Tag::Endpoint, ordinal.to_be_bytes());
             }
@@ -114,6 +125,7 @@ impl NumberStore {
             Change::Life(life) => {
                 unit.put(Tag::Life, [], encode(&life));
             }
+            Change::Removed(removal) => self.remove(removal, unit),
         }
     }
 
@@ -142,7 +154,7 @@ impl NumberStore {
             let queued = self.scan_all(Tag::Delivery, &endpoint.ordinal.to_be_bytes()).await?.len();
             endpoints.push((endpoint, queued as u64));
         }
-        Ok(Snapshot { life, has_credentials: false, counters, outbox, endpoints })
+        Ok(Snapshot { life, has_credentials: false, counters, outbox, endpoints, rules: Rules::default() })
     }
 
     async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
@@ -206,6 +218,14 @@ impl NumberStore {
     /// When the store cannot be read.
     pub async fn message(&self, seq: MessageSeq) -> Result<Option<MessageRecord>, StoreError> {
         self.get(Tag::Message, &seq.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    /// What an unsettled send says, where its history row does not.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn body(&self, seq: MessageSeq) -> Result<Option<Content>, StoreError> {
+        self.get(Tag::OutboxBody, &seq.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
     }
 
     /// The delivery progress of an outbound message.

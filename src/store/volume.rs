@@ -48,6 +48,25 @@ impl Volume {
         Ok(rows)
     }
 
+    /// Keys in `[from, to)` without their values, after `skip` of them, `limit` at most.
+    pub(super) fn keys(
+        &self,
+        from: &[u8],
+        to: &[u8],
+        newest_first: bool,
+        skip: usize,
+        limit: usize,
+    ) -> Result<Vec<Vec<u8>>, StoreError> {
+        let range = self.tree.range(from..to);
+        let failed = |error: sled::Error| StoreError::Failed(error.to_string());
+        let key = |row: sled::Result<(sled::IVec, sled::IVec)>| row.map(|(key, _)| key.to_vec()).map_err(failed);
+        if newest_first {
+            range.rev().skip(skip).take(limit).map(key).collect()
+        } else {
+            range.skip(skip).take(limit).map(key).collect()
+        }
+    }
+
     pub(super) fn submit(&self, request: Request) {
         self.committer.submit(request);
     }

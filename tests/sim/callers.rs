@@ -105,7 +105,8 @@ impl World {
             Reply::Accepted { seq, .. } => {
                 let call = &self.callers.calls[index];
                 let request = call.request.map(|request| (key(request), digest(call)));
-                self.promises.accepted(seq, request, &call.text, &self.disk.durable);
+                let now = switchboard::domain::time::Timestamp(self.now);
+                self.promises.accepted(seq, request, &call.text, &self.disk.durable, now);
                 if self.fault(self.plan.answer_lost) {
                     self.call_unanswered(index);
                 } else {
@@ -127,7 +128,8 @@ impl World {
             }
             // Reused for something else: the caller is told, and gives up.
             Some(_) => self.call_ends(index),
-            None => panic!("a request id is known and has no record"),
+            // It expired between the check and the look.
+            None => self.call_unanswered(index),
         }
     }
 

@@ -1,18 +1,20 @@
 //! A disk as the store promises it: units in the order they were submitted, written in groups, all or nothing each.
 //! A crash keeps a prefix of what was not flushed. Keeps two copies: what readers see, and what survives.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
-use switchboard::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenKey};
+use switchboard::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenHash, SeenKey};
 use switchboard::domain::delivery::{DeliveryRow, Endpoint};
 use switchboard::domain::event::Event;
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::Life;
-use switchboard::domain::message::{Direction, MessageRecord, Progress};
+use switchboard::domain::message::{Content, Direction, MessageRecord, Progress};
 use switchboard::domain::number::{Commit, Snapshot, Ticket};
 use switchboard::domain::outbox::OutboxRow;
 use switchboard::domain::phone::Contact;
+use switchboard::domain::retention::{Removal, Rules};
+use switchboard::domain::time::Timestamp;
 
 /// The records of one number.
 #[derive(Debug, Default)]
@@ -29,7 +31,9 @@ pub(crate) struct Records {
     pub(crate) seen: HashSet<SeenKey>,
     pub(crate) events: BTreeMap<EventSeq, Rc<Event>>,
     pub(crate) deliveries: BTreeMap<(u32, EventSeq), DeliveryRow>,
-    pub(crate) dead: BTreeSet<(u32, EventSeq)>,
+    pub(crate) bodies: BTreeMap<MessageSeq, Content>,
+    pub(crate) seen_times: BTreeMap<(Timestamp, SeenHash), SeenKey>,
+    pub(crate) dead: BTreeMap<(u32, EventSeq), DeliveryRow>,
     pub(crate) endpoints: BTreeMap<u32, Endpoint>,
 }
 
@@ -44,7 +48,11 @@ impl Records {
             }
             Change::Progress(seq, progress) => drop(self.progress.insert(*seq, *progress)),
             Change::Outbox(row) => drop(self.outbox.insert(row.seq, row.clone())),
-            Change::OutboxGone(seq) => drop(self.outbox.remove(seq)),
+            Change::Body(seq, content) => drop(self.bodies.insert(*seq, content.clone())),
+            Change::OutboxGone(seq) => {
+                self.outbox.remove(seq);
+                self.bodies.remove(seq);
+            }
             Change::Idempotency(key, record) => drop(self.idempotency.insert(*key, record.clone())),
             Change::Chat(chat, contact) => {
                 for address in contact.addresses() {
@@ -52,16 +60,20 @@ impl Records {
                 }
                 self.chats.insert(*chat, contact.clone());
             }
-            Change::Seen(key, _) => drop(self.seen.insert(key.clone())),
+            Change::Seen(key, _, at) => {
+                self.seen.insert(key.clone());
+                self.seen_times.insert((*at, seen_hash(key)), key.clone());
+            }
             Change::Event(event) => drop(self.events.insert(event.id.seq, Rc::new(event.clone()))),
             Change::Delivery(endpoint, row) => drop(self.deliveries.insert((*endpoint, row.event), *row)),
             Change::DeliveryGone(endpoint, event) => drop(self.deliveries.remove(&(*endpoint, *event))),
-            Change::DeadLetter(endpoint, row) => drop(self.dead.insert((*endpoint, row.event))),
+            Change::DeadLetter(endpoint, row) => drop(self.dead.insert((*endpoint, row.event), *row)),
             Change::Attempt(_) => {}
             Change::Endpoint(endpoint) => drop(self.endpoints.insert(endpoint.ordinal, endpoint.clone())),
             Change::EndpointGone(ordinal) => drop(self.endpoints.remove(ordinal)),
             Change::Counters(counters) => self.counters = *counters,
             Change::Life(life) => self.life = Some(life.clone()),
+            Change::Removed(removal) => self.remove(removal),
         }
     }
 
@@ -75,7 +87,9 @@ impl Records {
             Change::Progress(seq, _) => back(&mut self.progress, &other.progress, seq),
             Change::Outbox(OutboxRow { seq, .. }) | Change::OutboxGone(seq) => {
                 back_sorted(&mut self.outbox, &other.outbox, seq);
+                back_sorted(&mut self.bodies, &other.bodies, seq);
             }
+            Change::Body(seq, _) => back_sorted(&mut self.bodies, &other.bodies, seq),
             Change::Idempotency(key, _) => back(&mut self.idempotency, &other.idempotency, key),
             Change::Chat(chat, contact) => {
                 for address in contact.addresses() {
@@ -83,19 +97,13 @@ impl Records {
                 }
                 back(&mut self.chats, &other.chats, chat);
             }
-            Change::Seen(key, _) => {
-                if !other.seen.contains(key) {
-                    self.seen.remove(key);
-                }
-            }
+            Change::Seen(key, _, at) => self.revert_seen(key, *at, other),
             Change::Event(event) => back_sorted(&mut self.events, &other.events, &event.id.seq),
             Change::Delivery(endpoint, DeliveryRow { event, .. }) | Change::DeliveryGone(endpoint, event) => {
                 back_sorted(&mut self.deliveries, &other.deliveries, &(*endpoint, *event));
             }
             Change::DeadLetter(endpoint, row) => {
-                if !other.dead.contains(&(*endpoint, row.event)) {
-                    self.dead.remove(&(*endpoint, row.event));
-                }
+                back_sorted(&mut self.dead, &other.dead, &(*endpoint, row.event));
             }
             Change::Attempt(_) => {}
             Change::Endpoint(Endpoint { ordinal, .. }) | Change::EndpointGone(ordinal) => {
@@ -103,6 +111,64 @@ impl Records {
             }
             Change::Counters(_) => self.counters = other.counters,
             Change::Life(_) => self.life.clone_from(&other.life),
+            Change::Removed(removal) => self.revert_removal(removal, other),
+        }
+    }
+
+    fn revert_seen(&mut self, key: &SeenKey, at: Timestamp, other: &Self) {
+        if other.seen.contains(key) {
+            self.seen.insert(key.clone());
+        } else {
+            self.seen.remove(key);
+        }
+        back_sorted(&mut self.seen_times, &other.seen_times, &(at, seen_hash(key)));
+    }
+
+    fn remove(&mut self, removal: &Removal) {
+        match removal {
+            Removal::Idempotency(_, key) => drop(self.idempotency.remove(key)),
+            Removal::Seen(at, hash) => {
+                if let Some(key) = self.seen_times.remove(&(*at, *hash)) {
+                    self.seen.remove(&key);
+                }
+            }
+            Removal::Message { seq, whatsapp_id, .. } => {
+                self.messages.remove(seq);
+                if let Some(whatsapp_id) = whatsapp_id {
+                    self.whatsapp_ids.remove(whatsapp_id);
+                    self.progress.remove(seq);
+                }
+            }
+            Removal::Chat(chat) => drop(self.chats.remove(chat)),
+            Removal::Event(seq) => drop(self.events.remove(seq)),
+            Removal::Delivery(endpoint, event) => drop(self.deliveries.remove(&(*endpoint, *event))),
+            Removal::DeadLetter(endpoint, event) => drop(self.dead.remove(&(*endpoint, *event))),
+            Removal::Attempt(..) => {}
+        }
+    }
+
+    fn revert_removal(&mut self, removal: &Removal, other: &Self) {
+        match removal {
+            Removal::Idempotency(_, key) => back(&mut self.idempotency, &other.idempotency, key),
+            Removal::Seen(at, hash) => {
+                if let Some(key) = other.seen_times.get(&(*at, *hash)) {
+                    self.revert_seen(&key.clone(), *at, other);
+                }
+            }
+            Removal::Message { seq, whatsapp_id, .. } => {
+                back_sorted(&mut self.messages, &other.messages, seq);
+                if let Some(whatsapp_id) = whatsapp_id {
+                    back(&mut self.whatsapp_ids, &other.whatsapp_ids, whatsapp_id);
+                    back(&mut self.progress, &other.progress, seq);
+                }
+            }
+            Removal::Chat(chat) => back(&mut self.chats, &other.chats, chat),
+            Removal::Event(seq) => back_sorted(&mut self.events, &other.events, seq),
+            Removal::Delivery(endpoint, event) => {
+                back_sorted(&mut self.deliveries, &other.deliveries, &(*endpoint, *event));
+            }
+            Removal::DeadLetter(endpoint, event) => back_sorted(&mut self.dead, &other.dead, &(*endpoint, *event)),
+            Removal::Attempt(..) => {}
         }
     }
 
@@ -111,7 +177,7 @@ impl Records {
     }
 
     /// As the store's `load`.
-    pub(crate) fn snapshot(&self, has_credentials: bool) -> Snapshot {
+    pub(crate) fn snapshot(&self, has_credentials: bool, rules: Rules) -> Snapshot {
         let queued =
             |ordinal: u32| self.deliveries.range((ordinal, EventSeq(0))..=(ordinal, EventSeq(u64::MAX))).count() as u64;
         Snapshot {
@@ -120,8 +186,16 @@ impl Records {
             counters: self.counters,
             outbox: self.outbox.values().cloned().collect(),
             endpoints: self.endpoints.values().map(|stored| (stored.clone(), queued(stored.ordinal))).collect(),
+            rules,
         }
     }
+}
+
+/// Stands for the store's keyed hash.
+pub(crate) fn seen_hash(key: &SeenKey) -> SeenHash {
+    let mut hasher = std::hash::DefaultHasher::new();
+    std::hash::Hash::hash(key, &mut hasher);
+    SeenHash(u128::from(std::hash::Hasher::finish(&hasher)).to_be_bytes())
 }
 
 fn back<K: Clone + Eq + std::hash::Hash, V: Clone>(map: &mut HashMap<K, V>, other: &HashMap<K, V>, key: &K) {

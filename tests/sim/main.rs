@@ -13,6 +13,7 @@ mod plan;
 mod promises;
 mod rng;
 mod storm;
+mod sweeps;
 mod wire;
 mod world;
 

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use switchboard::domain::limiter::{Limits, Pace};
 
+use switchboard::domain::retention::{Policy, Retention, Rules};
+
 use super::rng::Rng;
 
 /// Chances are in per mille.
@@ -44,6 +46,10 @@ pub(crate) struct Plan {
     pub(crate) endpoints: usize,
     /// People written to and writing.
     pub(crate) people: u64,
+    /// How long things are kept.
+    pub(crate) rules: Rules,
+    /// The owner changes what is kept, among what the world does.
+    pub(crate) retention: u64,
     /// What the number is allowed.
     pub(crate) limits: Limits,
     /// Inputs of one stormy chapter, and chapters.
@@ -74,6 +80,17 @@ impl Plan {
             drain: rng.pick(&[0, 30, 300]),
             endpoints: rng.pick(&[0, 1, 2, 2, 4, 20]),
             people: rng.pick(&[1, 3, 12, 60]),
+            rules: Rules {
+                policy: Policy {
+                    events_kept: Duration::from_secs(rng.pick(&[600, 7200, 200_000, 600_000])),
+                    events_max: rng.pick(&[30, 1_000_000]),
+                    dead_letters_kept: Duration::from_secs(rng.pick(&[3600, 200_000])),
+                    sweep_every: Duration::from_secs(rng.pick(&[1, 30, 600])),
+                    ..Policy::default()
+                },
+                retention: rng.pick(&[Retention::KeepAll, Retention::KeepDays(1), Retention::RelayOnly]),
+            },
+            retention: rng.pick(&[0, 0, 50, 300]),
             limits: rng.pick(&[open, open, brisk, Limits::LINKED]),
             chapter: 500 + rng.below(1000),
             chapters: 4,

@@ -2,14 +2,16 @@
 //! endpoints, never by what the machine says of itself. A broken promise panics.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use switchboard::domain::change::{Change, IdempotencyKey};
 use switchboard::domain::delivery::{self, Endpoint};
 use switchboard::domain::event::{Event, EventBody};
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::{Desired, Life, State};
-use switchboard::domain::message::{Direction, MessageRecord, MessageStatus};
+use switchboard::domain::message::{Content, Direction, MessageRecord, MessageStatus};
 use switchboard::domain::number::{Commit, Transmit};
+use switchboard::domain::retention::{RELAY_ROWS_KEPT, Removal, Retention, Rules, SEEN_KEPT};
 use switchboard::domain::time::Timestamp;
 
 use super::disk::Records;
@@ -25,11 +27,35 @@ enum Quiet {
     UntilTold,
 }
 
+/// A message somebody was promised.
+#[derive(Debug)]
+struct Accepted {
+    whatsapp_id: String,
+    person: u64,
+    text: String,
+}
+
+/// The answer a request id got.
+#[derive(Debug, Clone, Copy)]
+struct Answered {
+    body: [u8; 32],
+    seq: MessageSeq,
+    at: Timestamp,
+}
+
+/// How long a repeated request gets the same answer.
+const REPEATABLE: Duration = Duration::from_secs(24 * 3600);
+
 /// The ledger.
 #[derive(Debug, Default)]
 pub(crate) struct Promises {
-    accepted: BTreeMap<MessageSeq, String>,
-    answered: HashMap<IdempotencyKey, ([u8; 32], MessageSeq)>,
+    accepted: BTreeMap<MessageSeq, Accepted>,
+    answered: HashMap<IdempotencyKey, Answered>,
+    /// What was kept when: since when, until when.
+    retentions: Vec<(Timestamp, Option<Timestamp>, Retention)>,
+    /// Settled messages that went.
+    gone: BTreeSet<MessageSeq>,
+    visible: EventSeq,
     rungs: HashMap<MessageSeq, u8>,
     inbound: HashMap<InboundName, MessageSeq>,
     chats: HashMap<u64, ChatNo>,
@@ -78,7 +104,7 @@ impl Promises {
     }
 
     /// A unit reaches the platter; `before` is what was there.
-    pub(crate) fn flushing(&mut self, changes: &[Change], before: &Records) {
+    pub(crate) fn flushing(&mut self, changes: &[Change], before: &Records, now: Timestamp) {
         let mut events = before.counters.event;
         for change in changes {
             match change {
@@ -111,6 +137,7 @@ impl Promises {
                 Change::Delivery(endpoint, row) if row.attempts == 0 && self.endpoints.contains_key(endpoint) => {
                     self.owed.insert((*endpoint, row.event));
                 }
+                Change::Removed(removal) => self.removal_flushed(removal, changes, before, now),
                 Change::DeadLetter(endpoint, row) => drop(self.owed.remove(&(*endpoint, row.event))),
                 Change::Counters(counters) => {
                     let old = before.counters;
@@ -140,7 +167,14 @@ impl Promises {
         let Some(contact) = contact else { panic!("{:?} is filed in a chat nobody can find", record.seq) };
         let person = people::person(contact);
         if record.direction != Direction::Outbound {
-            let name = (person, record.direction, record.whatsapp_id.clone(), record.content.text().to_owned());
+            // Also a number that only relays keeps the digest, which here is the text.
+            let digest = changes.iter().find_map(|change| match change {
+                Change::Seen(key, seq, _) if *seq == record.seq => Some(key.digest),
+                _ => None,
+            });
+            let Some(digest) = digest else { panic!("inbound {:?} is not marked as seen", record.seq) };
+            let text = String::from_utf8_lossy(&digest).trim_end_matches('\0').to_owned();
+            let name = (person, record.direction, record.whatsapp_id.clone(), text);
             let twice = self.inbound.insert(name, record.seq);
             assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
         }
@@ -161,14 +195,130 @@ impl Promises {
         request: Option<(IdempotencyKey, [u8; 32])>,
         text: &str,
         durable: &Records,
+        now: Timestamp,
     ) {
-        let Some(record) = durable.messages.get(&seq) else { panic!("{seq:?} was answered before it was durable") };
-        assert_eq!(record.content.text(), text, "{seq:?} says something else than was asked");
-        self.accepted.insert(seq, record.whatsapp_id.clone());
-        if let Some((key, body)) = request {
-            let first = *self.answered.entry(key).or_insert((body, seq));
-            assert_eq!(first, (body, seq), "one request id, two messages");
+        let mut made_at = now;
+        if let Some(record) = durable.messages.get(&seq) {
+            let body = durable.bodies.get(&seq).map_or(record.content.text(), |body| body.text());
+            let settled = record.content == Content::NotKept && !durable.outbox.contains_key(&seq);
+            assert!(settled || body == text, "{seq:?} says something else than was asked");
+            made_at = record.created_at;
+            if let Some(contact) = durable.chats.get(&record.chat) {
+                let (whatsapp_id, person) = (record.whatsapp_id.clone(), people::person(contact));
+                self.accepted.insert(seq, Accepted { whatsapp_id, person, text: text.to_owned() });
+            }
+        } else {
+            assert!(self.gone.contains(&seq), "{seq:?} was answered before it was durable");
         }
+        if let Some((key, body)) = request {
+            let first = *self.answered.entry(key).or_insert(Answered { body, seq, at: made_at });
+            if now.since(first.at) < REPEATABLE {
+                assert_eq!((first.body, first.seq), (body, seq), "one request id, two messages");
+            } else {
+                self.answered.insert(key, Answered { body, seq, at: made_at });
+            }
+        }
+    }
+
+    // === what goes ===
+
+    pub(crate) fn retention_set(&mut self, retention: Retention, now: Timestamp) {
+        if let Some((_, until, _)) = self.retentions.last_mut() {
+            *until = Some(now);
+        }
+        self.retentions.push((now, None, retention));
+    }
+
+    /// Whether a message was ever outside of what was kept.
+    fn may_go(&self, made_at: Timestamp, now: Timestamp) -> bool {
+        self.retentions.iter().any(|(from, until, retention)| {
+            let age = until.unwrap_or(now).since(made_at);
+            match retention {
+                Retention::KeepAll => false,
+                Retention::KeepDays(days) => age > REPEATABLE * u32::from(*days),
+                Retention::RelayOnly => made_at <= *from || age > RELAY_ROWS_KEPT,
+            }
+        })
+    }
+
+    fn removal_flushed(&mut self, removal: &Removal, changes: &[Change], before: &Records, now: Timestamp) {
+        match removal {
+            Removal::Idempotency(expires_at, key) => {
+                let record = &before.idempotency[key];
+                assert!(record.expires_at == *expires_at && *expires_at <= now, "a request id is forgotten early");
+                assert!(now.since(record.created_at) >= REPEATABLE, "a request id is forgotten early");
+            }
+            Removal::Seen(at, _) => assert!(now.since(*at) >= SEEN_KEPT, "an inbound digest is forgotten early"),
+            Removal::Message { seq, .. } => {
+                let Some(record) = before.messages.get(seq) else { panic!("{seq:?} goes twice") };
+                assert!(self.may_go(record.created_at, now), "{seq:?} goes while it is to be kept");
+                assert!(!before.outbox.contains_key(seq), "{seq:?} goes unsettled");
+                self.gone.insert(*seq);
+                if let Some(accepted) = self.accepted.remove(seq) {
+                    self.check(*seq, &accepted, before);
+                }
+            }
+            Removal::Chat(chat) => {
+                let gone = |seq: &MessageSeq| {
+                    let it = |change: &Change| matches!(change, Change::Removed(Removal::Message { seq: of, .. }) if of == seq);
+                    changes.iter().any(it)
+                };
+                let left = before.messages.values().find(|record| record.chat == *chat && !gone(&record.seq));
+                assert!(left.is_none(), "{chat:?} goes and has messages");
+            }
+            Removal::Event(seq) => {
+                let queued = before
+                    .deliveries
+                    .keys()
+                    .find(|(endpoint, event)| event == seq && before.endpoints.contains_key(endpoint));
+                assert_eq!(queued, None, "{seq:?} goes while an endpoint waits for it");
+                assert!(seq.0 <= before.counters.event_floor, "{seq:?} goes while it is part of the log");
+            }
+            Removal::Delivery(endpoint, _) => {
+                assert!(!before.endpoints.contains_key(endpoint), "a row of a living endpoint {endpoint} goes");
+            }
+            Removal::DeadLetter(..) | Removal::Attempt(..) => {}
+        }
+    }
+
+    /// A reader of the stream is told that its cursor is too old.
+    pub(crate) fn cursor_expired(&self, position: EventSeq, floor: EventSeq) {
+        assert!(floor > position, "an expired cursor that is not");
+    }
+
+    pub(crate) fn visible_events(&self) -> EventSeq {
+        self.visible
+    }
+
+    /// What should have gone, if anything is left of it. Sweeps have had their time since `margin`.
+    pub(crate) fn left_over(records: &Records, rules: &Rules, now: Timestamp, margin: Duration) -> Option<String> {
+        let then = Timestamp(now.0.saturating_sub(u64::try_from(margin.as_millis()).unwrap_or(0)));
+        let relayed = records.counters.relays_since.unwrap_or(MessageSeq(0));
+        let old_message = records.messages.values().find(|record| {
+            let old = record.seq <= relayed || record.created_at < rules.messages_before(then);
+            old && !records.outbox.contains_key(&record.seq)
+        });
+        let old_event = records.events.values().find(|event| {
+            let seq = event.id.seq;
+            let queued = records.deliveries.keys().any(|(_, event)| *event == seq);
+            let dead = records.dead.keys().any(|(_, event)| *event == seq);
+            event.at < rules.events_before(then) && !queued && !dead
+        });
+        let old_request = records.idempotency.values().find(|record| record.expires_at < then);
+        let old_dead = records.dead.values().find(|row| row.queued_at < rules.dead_letters_before(then));
+        let orphan = records.deliveries.keys().find(|(endpoint, _)| !records.endpoints.contains_key(endpoint));
+        let old_seen = records.seen_times.keys().find(|(at, _)| then.since(*at) > SEEN_KEPT);
+        let body = records.bodies.keys().find(|seq| !records.outbox.contains_key(seq));
+        let found = [
+            old_message.map(|record| format!("message {:?}", record.seq)),
+            old_event.map(|event| format!("event {:?}", event.id.seq)),
+            old_request.map(|record| format!("the request id of {:?}", record.seq)),
+            old_dead.map(|row| format!("dead letter {:?}", row.event)),
+            orphan.map(|row| format!("orphan {row:?}")),
+            old_seen.map(|row| format!("digest {row:?}")),
+            body.map(|seq| format!("the text of {seq:?}")),
+        ];
+        found.into_iter().flatten().next()
     }
 
     pub(crate) fn inbound_acknowledged(&self, name: &InboundName) {
@@ -270,7 +420,8 @@ impl Promises {
         !self.delivering.is_empty()
     }
 
-    pub(crate) fn events_visible(&self, seq: EventSeq, durable: &Records) {
+    pub(crate) fn events_visible(&mut self, seq: EventSeq, durable: &Records) {
+        self.visible = self.visible.max(seq);
         assert!(durable.counters.event >= seq.0, "{seq:?} is shown to streams before it is durable");
     }
 
@@ -301,6 +452,7 @@ impl Promises {
 
     /// The process is gone; what the next one knows is on disk.
     pub(crate) fn crashed(&mut self, durable: &Records) {
+        self.visible = EventSeq(durable.counters.event);
         self.flying.clear();
         self.delivering.clear();
         self.endpoints = durable
@@ -321,14 +473,16 @@ impl Promises {
     /// After the storm, with everything answered: nothing is owed to anybody.
     pub(crate) fn all_kept(&self, durable: &Records) {
         assert!(self.owed.is_empty(), "endpoints still wait for {:?}", self.owed);
-        for (seq, whatsapp_id) in &self.accepted {
-            let person = people::person(&durable.chats[&durable.messages[seq].chat]);
-            let failed = durable.progress.get(seq).is_some_and(|progress| rung(progress.status) == 1);
-            let text = self.shown.get(&(person, whatsapp_id.clone()));
-            assert!(failed || text.is_some(), "{seq:?} was accepted and is neither shown nor failed");
-            let same = text.is_none_or(|text| text == durable.messages[seq].content.text());
-            assert!(same, "{seq:?} shows another text");
+        for (seq, accepted) in &self.accepted {
+            self.check(*seq, accepted, durable);
         }
+    }
+
+    fn check(&self, seq: MessageSeq, accepted: &Accepted, durable: &Records) {
+        let failed = durable.progress.get(&seq).is_some_and(|progress| rung(progress.status) == 1);
+        let text = self.shown.get(&(accepted.person, accepted.whatsapp_id.clone()));
+        assert!(failed || text.is_some(), "{seq:?} was accepted and is neither shown nor failed");
+        assert!(text.is_none_or(|text| *text == accepted.text), "{seq:?} shows another text");
     }
 
     pub(crate) fn owes_nothing(&self) -> bool {

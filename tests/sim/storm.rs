@@ -1,9 +1,13 @@
 //! The course of a world: chapters of storm, each followed by a calm in which everything must settle.
 
+use std::time::Duration;
+
 use switchboard::domain::lifecycle::{self, State};
 use switchboard::domain::number::Input;
 use switchboard::domain::outbox::IN_FLIGHT_MAX;
+use switchboard::domain::time::Timestamp;
 
+use super::promises::Promises;
 use super::world::{Figures, Happens, World};
 
 /// Longest time to settle: the longest webhook schedule and the longest ban fit in.
@@ -49,11 +53,29 @@ impl World {
         // What nobody waits for may still be on its way to the disk.
         self.flush(usize::MAX);
         self.promises.all_kept(&self.disk.durable);
+        self.forget();
         if let Some(number) = &self.number {
             let rows = self.disk.durable.deliveries.keys();
             let queued = rows.filter(|(endpoint, _)| number.deliveries().endpoint(*endpoint).is_some()).count() as u64;
             assert_eq!(number.deliveries().depth(), queued, "the webhook queue is counted wrong");
             assert_eq!(self.disk.durable.outbox.len(), 0, "settled rows are left on disk");
+        }
+    }
+
+    /// Everything that is too old goes, in a few passes.
+    fn forget(&mut self) {
+        let rules = self.plan.rules;
+        let margin = rules.sweep_every() * 2 + Duration::from_secs(60);
+        let until = self.now + 4 * u64::try_from(margin.as_millis()).unwrap_or(0) + 600_000;
+        loop {
+            self.flush(usize::MAX);
+            let left = Promises::left_over(&self.disk.durable, &rules, Timestamp(self.now), margin);
+            let Some(left) = left else { return };
+            assert!(self.now < until, "is not forgotten: {left}");
+            let pause = self.now + 10_000;
+            while self.now < pause {
+                self.advance();
+            }
         }
     }
 
@@ -113,7 +135,13 @@ impl World {
             }
             86..88 if self.promises.endpoints().count() < self.plan.endpoints => self.add_endpoint(),
             88 => self.remove_endpoint(),
-            89..95 => self.change_mood(),
+            89..93 => self.change_mood(),
+            93 => self.read_stream(),
+            94 => {
+                if self.rng.chance(self.plan.retention) {
+                    self.change_retention();
+                }
+            }
             95..98 => {
                 if self.rng.chance(self.plan.drain) {
                     self.drain();

@@ -353,8 +353,9 @@ impl World {
         assert!(session.real, "a message is transmitted without a session");
         let no = session.no;
         let record = &self.disk.visible.messages[&transmit.seq];
-        let content = transmit.content.clone().unwrap_or_else(|| record.content.clone());
-        assert_eq!(content, record.content, "{:?} is transmitted with another text", transmit.seq);
+        let kept = self.disk.visible.bodies.get(&transmit.seq).unwrap_or(&record.content);
+        let content = transmit.content.clone().unwrap_or_else(|| kept.clone());
+        assert_eq!(content, *kept, "{:?} is transmitted with another text", transmit.seq);
         let delay = self.hop();
         self.outside(delay, Happens::Writes(no, transmit, content));
     }

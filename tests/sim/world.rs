@@ -10,6 +10,7 @@ use switchboard::domain::id::{EventSeq, NumberId};
 use switchboard::domain::lifecycle::{self, Purpose, State};
 use switchboard::domain::message::{Content, MessageStatus};
 use switchboard::domain::number::{Effect, Input, Number, Reply, ReplyId, SendRequest, Ticket, Transmit};
+use switchboard::domain::retention::{Found, Sweep};
 use switchboard::domain::time::Timestamp;
 
 use super::callers::{Callers, Waiter};
@@ -18,6 +19,7 @@ use super::endpoints::Moods;
 use super::plan::Plan;
 use super::promises::Promises;
 use super::rng::Rng;
+use super::sweeps::Reader;
 use super::wire::{FromSession, Session, Whatsapp, Wire};
 
 pub(crate) const NUMBER: NumberId = NumberId(7);
@@ -53,6 +55,8 @@ pub(crate) enum Happens {
     ReadsRecord(ReplyId, IdempotencyKey, [u8; 32]),
     ReadsPage(LoadPage),
     Page(u32, Vec<DeliveryRow>),
+    Looks(Sweep),
+    Swept(Found),
     RequestEnds(AttemptRecord, Attempted),
     Wakes(u64),
     /// The world stirs: traffic and trouble.
@@ -138,6 +142,9 @@ pub(crate) struct World {
     pub(crate) waiters: HashMap<ReplyId, Waiter>,
     pub(crate) next_reply: u64,
     pub(crate) moods: Moods,
+    pub(crate) reader: Reader,
+    /// What readers are told that the log begins behind.
+    pub(crate) event_floor: EventSeq,
     /// The turn asked for, if one is.
     gate: Option<u64>,
     next_turn: u64,
@@ -176,6 +183,8 @@ impl World {
             waiters: HashMap::new(),
             next_reply: 1,
             moods: Moods::default(),
+            reader: Reader::default(),
+            event_floor: EventSeq(0),
             gate: None,
             next_turn: 0,
             wake: None,
@@ -186,6 +195,7 @@ impl World {
             figures: Figures::default(),
             trace: traced.then(VecDeque::new),
         };
+        world.promises.retention_set(world.plan.rules.retention, Timestamp(START));
         world.outside(0, Happens::Boots);
         world
     }
@@ -259,6 +269,12 @@ impl World {
             Happens::ReadsRecord(reply, key, body) => self.read_record(reply, key, body),
             Happens::ReadsPage(page) => self.read_page(page),
             Happens::Page(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows)),
+            Happens::Looks(sweep) => {
+                let found = self.disk.visible.find(sweep);
+                let delay = self.hop();
+                self.inside(delay, Happens::Swept(found));
+            }
+            Happens::Swept(found) => self.step(Input::Swept(found)),
             Happens::RequestEnds(record, attempted) => self.request_ends(record, attempted),
             Happens::Wakes(no) => {
                 if self.wake.is_some_and(|(_, set)| set == no) {
@@ -355,6 +371,8 @@ impl World {
             Effect::Deliver(endpoint, row) => self.deliver(endpoint, row),
             Effect::LoadPage(page) => self.inside(hop, Happens::ReadsPage(page)),
             Effect::EventsVisible(seq) => self.promises.events_visible(seq, &self.disk.durable),
+            Effect::EventFloor(seq) => self.event_floor = self.event_floor.max(seq),
+            Effect::Sweep(sweep) => self.inside(hop, Happens::Looks(sweep)),
             Effect::StateChanged { to, .. } => self.promises.state_changed(to),
             Effect::Count(_) => {}
             Effect::Drained => self.drained = true,
@@ -411,7 +429,7 @@ impl World {
     pub(crate) fn flush(&mut self, most: usize) {
         for _ in 0..most {
             let Some(changes) = self.disk.next_unflushed() else { break };
-            self.promises.flushing(&changes, &self.disk.durable);
+            self.promises.flushing(&changes, &self.disk.durable, Timestamp(self.now));
             for change in &changes {
                 self.disk.durable.apply(change);
             }
@@ -485,7 +503,7 @@ impl World {
     fn boot(&mut self) {
         self.incarnation += 1;
         self.note(|| "BOOT".to_owned());
-        let snapshot = self.disk.visible.snapshot(self.disk.has_credentials);
+        let snapshot = self.disk.visible.snapshot(self.disk.has_credentials, self.plan.rules);
         let (number, effects) = Number::restore(NUMBER, snapshot, self.plan.limits, Timestamp(self.now));
         self.number = Some(number);
         self.perform(effects);

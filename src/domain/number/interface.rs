@@ -9,6 +9,7 @@ use crate::domain::lifecycle::{self, Life, State};
 use crate::domain::message::{Content, Direction, FailureCode, MessageStatus, Progress};
 use crate::domain::outbox::OutboxRow;
 use crate::domain::phone::Contact;
+use crate::domain::retention::{Found, Retention, Rules, Sweep};
 use crate::domain::time::Timestamp;
 
 /// Names a commit; answered by [`Input::Stored`] in the order of the commits.
@@ -118,6 +119,10 @@ pub enum Input {
     Attempted(AttemptRecord, Attempted),
     /// A page of the webhook queue was read.
     PageLoaded(u32, Vec<DeliveryRow>),
+    /// What the number keeps was set.
+    Retention(Retention),
+    /// A look for what is too old ended.
+    Swept(Found),
     /// No new sends; finish what waits for an answer, then close.
     Drain,
     /// Time went by.
@@ -210,6 +215,10 @@ pub enum Effect {
     LoadPage(LoadPage),
     /// Events up to here are durable: wake the streams.
     EventsVisible(EventSeq),
+    /// The log begins behind this event from now on.
+    EventFloor(EventSeq),
+    /// Look for rows that are too old; answered by [`Input::Swept`].
+    Sweep(Sweep),
     /// The state changed: show it, count it, log it.
     StateChanged {
         /// Before.
@@ -249,4 +258,6 @@ pub struct Snapshot {
     pub outbox: Vec<OutboxRow>,
     /// Endpoints, each with the rows queued for it.
     pub endpoints: Vec<(Endpoint, u64)>,
+    /// How long things are kept.
+    pub rules: Rules,
 }

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::interface::{Commit, Effect, Input, Reply, ReplyId, Snapshot, Ticket, Transmit};
+use super::retaining::Retaining;
 use crate::domain::ack;
 use crate::domain::change::{Change, Counters, IdempotencyKey, SeenKey};
 use crate::domain::delivery::{Deliveries, DeliveryRow, Endpoint};
@@ -23,6 +24,8 @@ pub(super) enum Then {
     Reply(ReplyId, Reply),
     Enqueued(u32, DeliveryRow),
     EventsVisible(EventSeq),
+    EventFloor(EventSeq),
+    Swept,
     EndpointAdded(Box<Endpoint>),
 }
 
@@ -60,6 +63,7 @@ pub struct Number {
     /// Since when the connection is not trusted any more and was asked to close.
     pub(super) distrusted_since: Option<Timestamp>,
     pub(super) send_wake: Option<Timestamp>,
+    pub(super) retaining: Retaining,
 }
 
 /// Changes being gathered by one step.
@@ -101,8 +105,10 @@ impl Number {
             draining: false,
             distrusted_since: None,
             send_wake: None,
+            retaining: Retaining::new(snapshot.rules, id, now),
         };
         let mut draft = Draft::default();
+        number.agree_with_retention(&mut draft);
         if is_new {
             number.record_event(EventBody::NumberCreated, now, &mut draft);
             draft.changes.push(Change::Life(number.life.clone()));
@@ -152,7 +158,8 @@ impl Number {
             return ack_due;
         }
         let sends = if self.life.state == State::Online { self.send_wake } else { None };
-        [self.life.state.next_attempt(), sends, ack_due, self.deliveries.next_due()].into_iter().flatten().min()
+        let sweep = self.retaining.next_wake();
+        [self.life.state.next_attempt(), sends, ack_due, self.deliveries.next_due(), sweep].into_iter().flatten().min()
     }
 
     /// One step.
@@ -170,8 +177,13 @@ impl Number {
             Input::RemoveEndpoint(ordinal, reply) => self.on_remove_endpoint(ordinal, reply, &mut draft),
             Input::Attempted(record, attempted) => self.on_attempted(record, attempted, now, &mut draft),
             Input::PageLoaded(endpoint, rows) => self.deliveries.loaded(endpoint, rows),
+            Input::Retention(retention) => self.on_retention(retention, now, &mut draft),
+            Input::Swept(found) => self.on_swept(found, now, &mut draft),
             Input::Drain => self.draining = true,
-            Input::Tick => self.on_tick(now, &mut draft),
+            Input::Tick => {
+                self.on_tick(now, &mut draft);
+                self.sweep_if_due(now, &mut draft);
+            }
         }
         self.finish(draft, now)
     }
@@ -216,6 +228,7 @@ impl Number {
             return;
         };
         assert_eq!(pending.ticket, ticket, "commits are answered in order");
+        self.retaining.stored(ticket);
         if !written {
             for then in &pending.then {
                 if matches!(then, Then::Accepted { .. }) {
@@ -244,6 +257,8 @@ impl Number {
                     visible = Some(seq);
                 }
                 Then::EndpointAdded(endpoint) => self.deliveries.add_endpoint(*endpoint, 0),
+                Then::EventFloor(seq) => draft.effects.push(Effect::EventFloor(seq)),
+                Then::Swept => self.removed(now, draft),
             }
         }
         draft.effects.extend(visible.map(Effect::EventsVisible));

@@ -5,6 +5,7 @@ mod connection;
 mod interface;
 mod machine;
 mod receiving;
+mod retaining;
 mod sending;
 mod webhooks;
 

@@ -1,11 +1,11 @@
 //! Receiving: every message once, in its chat, durable before WhatsApp is told.
 
-use super::interface::{Arrived, Counted, Effect, Reply, ReplyId};
+use super::interface::{Arrived, Counted, Effect, Reply, ReplyId, Ticket};
 use super::machine::{Draft, Number, Then};
 use crate::domain::change::{Change, SeenKey};
 use crate::domain::event::{EventBody, ReceivedEvent};
 use crate::domain::id::{ChatNo, MessageId};
-use crate::domain::message::{Direction, MessageRecord};
+use crate::domain::message::{Content, Direction, MessageRecord};
 use crate::domain::phone::Contact;
 use crate::domain::time::Timestamp;
 
@@ -17,6 +17,7 @@ const RECENT_SEEN_MAX: usize = 256;
 impl Number {
     pub(super) fn on_arrived(&mut self, messages: Vec<Arrived>, reply: ReplyId, now: Timestamp, draft: &mut Draft) {
         let mut received = 0;
+        let relays_only = self.retaining.relays_only();
         for message in messages {
             if message.seen {
                 continue;
@@ -36,7 +37,7 @@ impl Number {
             }
             self.recent_seen.push_back(key.clone());
             let seq = self.next_message();
-            draft.changes.push(Change::Seen(key, seq));
+            draft.changes.push(Change::Seen(key, seq, now));
             if message.direction == Direction::Inbound {
                 received += 1;
                 let body = ReceivedEvent {
@@ -56,8 +57,8 @@ impl Number {
                 direction: message.direction,
                 whatsapp_id: message.whatsapp_id,
                 correlation_id: None,
-                content: message.content,
-                sender_name: message.sender_name,
+                content: if relays_only { Content::NotKept } else { message.content },
+                sender_name: message.sender_name.filter(|_| !relays_only),
                 created_at: now,
                 written_at: message.written_at,
             }));
@@ -83,12 +84,14 @@ impl Number {
             self.counters.chat += 1;
             ChatNo(self.counters.chat)
         });
+        // One step makes two commits at most.
+        self.retaining.chat_used(chat, Ticket(self.next_ticket + 1));
         let all_fresh = addresses.iter().all(|address| fresh(address).is_some());
-        // Found by one address; whether the disk knows the other one too was not asked.
-        let nothing_to_learn = stored.is_some() && addresses.len() < 2;
-        if all_fresh || nothing_to_learn {
+        if all_fresh {
             return chat;
         }
+        // Also one that the disk knows by this address: the chat itself may have been forgotten, or another address of
+        // it be new. Once in this process is enough.
         for address in addresses {
             if self.fresh_chats.len() >= FRESH_CHATS_MAX {
                 self.fresh_chats.pop_front();

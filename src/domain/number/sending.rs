@@ -10,7 +10,7 @@ use crate::domain::event::{EventBody, OutboundEvent};
 use crate::domain::id::{ChatNo, MessageId, MessageSeq};
 use crate::domain::lifecycle::State;
 use crate::domain::limiter::LimitLayer;
-use crate::domain::message::{Direction, FailureCode, MessageRecord, MessageStatus, Progress};
+use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
 use crate::domain::outbox::{IN_FLIGHT_MAX, OutboxRow};
 use crate::domain::time::Timestamp;
 
@@ -38,6 +38,7 @@ impl Number {
             && self.outbox.is_idle(chat)
             && !self.is_accepting_for(chat)
             && self.limiter.try_take(chat, now).is_ok();
+        let relays_only = self.retaining.relays_only();
         let row = OutboxRow {
             seq,
             chat,
@@ -55,12 +56,15 @@ impl Number {
             direction: Direction::Outbound,
             whatsapp_id: request.whatsapp_id,
             correlation_id: request.correlation_id,
-            content: request.content.clone(),
+            content: if relays_only { Content::NotKept } else { request.content.clone() },
             sender_name: None,
             created_at: now,
             written_at: now,
         };
-        let changes = vec![Change::Message(message), Change::Outbox(row.clone()), Change::Counters(self.counters)];
+        let mut changes = vec![Change::Message(message), Change::Outbox(row.clone()), Change::Counters(self.counters)];
+        if relays_only {
+            changes.push(Change::Body(seq, request.content.clone()));
+        }
         let position = self.outbox.len().saturating_sub(self.outbox.in_flight()) + self.accepting - 1;
         let wait = match (claimed, self.may_transmit()) {
             (true, _) => Some(Duration::ZERO),
@@ -199,6 +203,9 @@ impl Number {
         draft: &mut Draft,
     ) {
         for message in messages {
+            if self.is_forgotten(message.seq) {
+                continue;
+            }
             // A receipt proves that the server had it, whatever became of the answer.
             if let Some(row) = self.outbox.settle(message.seq) {
                 draft.changes.push(Change::OutboxGone(message.seq));

@@ -63,6 +63,7 @@ impl Number {
                 }
             }
         }
+        self.retaining.attempt_logged();
         draft.changes.push(Change::Attempt(record));
     }
 

@@ -152,7 +152,7 @@ pub(super) fn digest(message: &wa::Message, content: &Content) -> [u8; 16] {
             strip(&mut message);
             hasher.update(message_to_vec(&message));
         }
-        Content::Undecryptable => {}
+        Content::Undecryptable | Content::NotKept => {}
     }
     let mut short = [0; 16];
     short.copy_from_slice(&hasher.finalize()[..16]);

@@ -181,7 +181,7 @@ async fn send(wire: &Wire, signals: &Signals, message: Outgoing) -> Result<(), S
 fn body_of(content: &Content) -> Option<wa::Message> {
     match content {
         Content::Text(text) => Some(wa::Message { conversation: Some(text.clone()), ..Default::default() }),
-        Content::Other(_) | Content::Undecryptable => None,
+        Content::Other(_) | Content::Undecryptable | Content::NotKept => None,
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
+use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
 use crate::store::layout::{Store, StoreSettings};
 use crate::store::meta::{NumberKind, NumberRecord};
@@ -44,6 +45,7 @@ pub(super) fn record(id: u64) -> NumberRecord {
         kind: NumberKind::Linked,
         volume: 0,
         created_at: Timestamp(1),
+        retention: Retention::default(),
     }
 }
 

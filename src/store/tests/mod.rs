@@ -2,3 +2,4 @@
 
 mod home;
 mod sealing;
+mod sweeping;

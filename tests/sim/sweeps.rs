@@ -1,0 +1,131 @@
+//! What the store's looks for old rows find, and a reader of the event stream that comes and goes.
+
+use std::collections::BTreeSet;
+
+use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
+use switchboard::domain::message::Direction;
+use switchboard::domain::number::Input;
+use switchboard::domain::retention::{Found, Removal, Retention, SWEEP_ROWS, Sweep};
+
+use super::disk::Records;
+use super::world::World;
+
+fn gone(removals: Vec<Removal>, next: Option<Sweep>) -> Found {
+    Found { removals, next, aged: None }
+}
+
+impl Records {
+    /// As the store's `find`.
+    pub(crate) fn find(&self, sweep: Sweep) -> Found {
+        match sweep {
+            Sweep::Idempotency(until) => {
+                let mut old: Vec<_> = self.idempotency.iter().map(|(key, record)| (record.expires_at, *key)).collect();
+                old.retain(|(expires_at, _)| *expires_at <= until);
+                old.sort();
+                old.truncate(SWEEP_ROWS);
+                let next = (old.len() == SWEEP_ROWS).then_some(Sweep::Idempotency(until));
+                gone(old.into_iter().map(|(at, key)| Removal::Idempotency(at, key)).collect(), next)
+            }
+            Sweep::Seen(before) => {
+                let old = self.seen_times.keys().take_while(|(at, _)| *at < before).take(SWEEP_ROWS);
+                let removals: Vec<_> = old.map(|(at, hash)| Removal::Seen(*at, *hash)).collect();
+                let next = (removals.len() == SWEEP_ROWS).then_some(Sweep::Seen(before));
+                gone(removals, next)
+            }
+            Sweep::Messages { after, through, before } => {
+                let rows = self.messages.range(MessageSeq(after.0 + 1)..).map(|(_, record)| record);
+                let old = rows.take_while(|record| record.seq <= through || record.created_at < before);
+                let old: Vec<_> = old.take(SWEEP_ROWS).collect();
+                let next = old.last().filter(|_| old.len() == SWEEP_ROWS);
+                let next = next.map(|last| Sweep::Messages { after: last.seq, through, before });
+                let mut removals = Vec::new();
+                for record in &old {
+                    let outbound = record.direction == Direction::Outbound;
+                    let whatsapp_id = outbound.then(|| record.whatsapp_id.clone());
+                    removals.push(Removal::Message { seq: record.seq, chat: record.chat, whatsapp_id });
+                }
+                let chats: BTreeSet<ChatNo> = old.iter().map(|record| record.chat).collect();
+                let last = |chat| old.iter().filter(|record| record.chat == chat).map(|record| record.seq).max();
+                let newest =
+                    |chat| self.messages.values().rev().find(|record| record.chat == chat).map(|record| record.seq);
+                removals.extend(chats.into_iter().filter(|chat| newest(*chat) <= last(*chat)).map(Removal::Chat));
+                gone(removals, next)
+            }
+            Sweep::EventAge { after, before } => {
+                let rows = self.events.range(EventSeq(after.0 + 1)..).map(|(_, event)| event);
+                let old: Vec<_> = rows.take_while(|event| event.at < before).take(SWEEP_ROWS).collect();
+                let aged = old.last().map_or(after, |event| event.id.seq);
+                let next = (old.len() == SWEEP_ROWS).then_some(Sweep::EventAge { after: aged, before });
+                Found { removals: Vec::new(), next, aged: Some(aged) }
+            }
+            Sweep::Events { after, through, dead_letters_hold, endpoints } => {
+                let rows = self.events.range(EventSeq(after.0 + 1)..=through.max(EventSeq(after.0 + 1)));
+                let old: Vec<EventSeq> =
+                    rows.map(|(seq, _)| *seq).filter(|seq| *seq <= through).take(SWEEP_ROWS).collect();
+                let needed = |seq: &EventSeq| {
+                    let queued = |endpoint: &u32| self.deliveries.contains_key(&(*endpoint, *seq));
+                    let dead = |endpoint: &u32| dead_letters_hold && self.dead.contains_key(&(*endpoint, *seq));
+                    endpoints.iter().any(|endpoint| queued(endpoint) || dead(endpoint))
+                };
+                let removals = old.iter().filter(|seq| !needed(seq)).map(|seq| Removal::Event(*seq)).collect();
+                let next = old.last().filter(|_| old.len() == SWEEP_ROWS).copied();
+                gone(removals, next.map(|after| Sweep::Events { after, through, dead_letters_hold, endpoints }))
+            }
+            Sweep::DeadLetters { endpoint, after, before } => {
+                let rows = self.dead.range((endpoint, EventSeq(after.0 + 1))..=(endpoint, EventSeq(u64::MAX)));
+                let rows: Vec<_> = rows.take(SWEEP_ROWS).map(|(_, row)| *row).collect();
+                let young = rows.last().is_some_and(|row| row.queued_at >= before);
+                let old = rows.iter().filter(|row| row.queued_at < before);
+                let removals = old.map(|row| Removal::DeadLetter(endpoint, row.event)).collect();
+                let next = rows.last().filter(|_| rows.len() == SWEEP_ROWS && !young);
+                let next = next.map(|row| Sweep::DeadLetters { endpoint, after: row.event, before });
+                gone(removals, next)
+            }
+            // Attempts are not kept here.
+            Sweep::Attempts { .. } => gone(Vec::new(), None),
+            Sweep::Orphans { living, through } => {
+                let orphan = |endpoint: &u32| *endpoint <= through && !living.contains(endpoint);
+                let queued = self.deliveries.keys().filter(|(endpoint, _)| orphan(endpoint));
+                let queued = queued.map(|(endpoint, event)| Removal::Delivery(*endpoint, *event));
+                let dead = self.dead.keys().filter(|(endpoint, _)| orphan(endpoint));
+                let dead = dead.map(|(endpoint, event)| Removal::DeadLetter(*endpoint, *event));
+                let removals: Vec<_> = queued.chain(dead).take(SWEEP_ROWS).collect();
+                let next = (removals.len() == SWEEP_ROWS).then_some(Sweep::Orphans { living, through });
+                gone(removals, next)
+            }
+        }
+    }
+}
+
+/// A reader of the stream: it reads now and then, and goes on from its cursor.
+#[derive(Debug, Default)]
+pub(crate) struct Reader {
+    position: EventSeq,
+}
+
+impl World {
+    /// The owner changes what is kept: on disk at once, and then the machine is told.
+    pub(crate) fn change_retention(&mut self) {
+        let modes = [Retention::KeepAll, Retention::KeepDays(1), Retention::KeepDays(3), Retention::RelayOnly];
+        let retention = self.rng.pick(&modes);
+        self.plan.rules.retention = retention;
+        self.promises.retention_set(retention, switchboard::domain::time::Timestamp(self.now));
+        self.step(Input::Retention(retention));
+    }
+
+    /// The reader gets a page, as the API gives it: what is durable and part of the log, or word that its cursor is too old.
+    pub(crate) fn read_stream(&mut self) {
+        let visible = self.promises.visible_events();
+        let floor = self.event_floor;
+        if self.reader.position < floor {
+            self.promises.cursor_expired(self.reader.position, floor);
+            self.reader.position = floor;
+        }
+        let page = self.disk.visible.events.range(EventSeq(self.reader.position.0 + 1)..);
+        let page: Vec<EventSeq> = page.map(|(seq, _)| *seq).take_while(|seq| *seq <= visible).take(20).collect();
+        for seq in page {
+            assert_eq!(seq.0, self.reader.position.0 + 1, "the stream has a gap that nobody was told of");
+            self.reader.position = seq;
+        }
+    }
+}
