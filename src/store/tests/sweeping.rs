@@ -101,7 +101,10 @@ async fn history_goes_with_its_index_its_progress_and_chats_that_are_left_empty(
         assert_eq!(rows(&number, tag).await, 1, "{tag:?}");
     }
     assert_eq!(rows(&number, Tag::WhatsappId).await, 0);
-    assert_eq!((number.contact(ChatNo(1)).await.unwrap(), number.contact(ChatNo(3)).await.unwrap()), (None, Some(contact(3))));
+    assert_eq!(
+        (number.contact(ChatNo(1)).await.unwrap(), number.contact(ChatNo(3)).await.unwrap()),
+        (None, Some(contact(3)))
+    );
     assert_eq!(number.chat_of(&contact(1)).await.unwrap(), Some(ChatNo(1)), "what comes again is recognised by it");
 }
 

@@ -43,6 +43,7 @@ impl Home {
             kind: NumberKind::Linked,
             volume: 0,
             created_at: Timestamp(1),
+            retention: crate::domain::retention::Retention::default(),
         };
         store.meta().create_number(record, Vec::new()).await.unwrap();
         let number = store.claim(NumberId(1), 0).await.unwrap();
