@@ -291,6 +291,7 @@ fn environment(
         limits: limits(config),
         policy: policy_of(config),
         sweeps: Arc::new(Semaphore::new(SWEEPS_AT_ONCE)),
+        reconnect: config.reconnect,
     });
     Ok((sessions, gate, environment))
 }

@@ -62,6 +62,8 @@
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
 //! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |
 //! | nothing lies on disk in clear, no value can be moved, deletion is final | `it::sealing`, `store::tests::sealing` |
+//! | all of these when the process is killed at any place | `faults::kill` |
+//! | nothing is lost, doubled or reordered on a bad line | `faults::line` |
 //! | folders stay apart | `tests/tidy.rs` |
 
 pub mod api;

@@ -11,6 +11,7 @@ use url::Url;
 
 use super::error::{ConfigErrors, Mistake};
 use super::layers::{DEFAULTS, Layers, Raw, Setting};
+use crate::telemetry::backoff::{RECONNECT_FLOOR, Shape};
 use crate::telemetry::logging;
 
 /// The whole configuration.
@@ -30,6 +31,8 @@ pub struct Config {
     pub whatsapp: Whatsapp,
     /// `[gate]`.
     pub gate: Gate,
+    /// `[reconnect]`.
+    pub reconnect: Shape,
     /// `[limits]`.
     pub limits: Limits,
     /// `[retention]`.
@@ -220,6 +223,7 @@ impl Reader<'_> {
         let log = self.log();
         let whatsapp = self.whatsapp();
         let gate = self.gate();
+        let reconnect = self.reconnect();
         let limits = self.limits();
         let retention = self.retention();
         let timeout = self.seconds("webhook", "timeout_seconds", 1..=60);
@@ -233,6 +237,7 @@ impl Reader<'_> {
             log: log?,
             whatsapp: whatsapp?,
             gate: gate?,
+            reconnect: reconnect?,
             limits: limits?,
             retention: retention?,
             webhook: Webhook { timeout: timeout?, allow_private: allow_private? },
@@ -284,6 +289,16 @@ impl Reader<'_> {
         let burst = self.integer("gate", "burst", 1..=10_000);
         let concurrent = self.integer("gate", "concurrent", 1..=10_000);
         Some(Gate { connects_per_second: connects_per_second?, burst: burst?, concurrent: concurrent? as usize })
+    }
+
+    fn reconnect(&mut self) -> Option<Shape> {
+        let first = self.float("reconnect", "first_seconds", 0.1..=60.0);
+        let longest = self.float("reconnect", "longest_seconds", 0.1..=86_400.0);
+        Some(Shape {
+            first_ceiling: Duration::from_secs_f64(first?),
+            last_ceiling: Duration::from_secs_f64(longest?),
+            floor: RECONNECT_FLOOR,
+        })
     }
 
     fn limits(&mut self) -> Option<Limits> {

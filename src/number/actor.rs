@@ -117,12 +117,13 @@ impl Actor for NumberActor {
         let Arguments { handle, volume, environment } = arguments;
         let span = tracing::info_span!("number", number = %handle.id());
         handle.answered(environment.clock.monotonic());
+        let backoff = Backoff::connection(environment.reconnect);
         let mut state = NumberState {
             handle,
             environment,
             span,
             loaded: None,
-            backoff: Backoff::connection(),
+            backoff,
             turn: None,
             connection: Connection::None,
             next_connection: 1,

@@ -11,6 +11,7 @@ use crate::domain::limiter::Limits;
 use crate::domain::retention::Policy;
 use crate::session::opener::Opener;
 use crate::store::layout::Store;
+use crate::telemetry::backoff::Shape;
 use crate::telemetry::clock::Clock;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::WebhookClient;
@@ -38,6 +39,8 @@ pub struct Environment {
     pub policy: Policy,
     /// Turns to look for what is too old, so that a fleet does not look all at once.
     pub sweeps: Arc<Semaphore>,
+    /// Waits between its connections.
+    pub reconnect: Shape,
 }
 
 impl std::fmt::Debug for Environment {

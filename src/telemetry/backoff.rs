@@ -9,19 +9,18 @@ use backoff::backoff::Backoff as _;
 use super::rng::Random;
 
 /// Shape of one kind of wait.
-#[derive(Debug, Clone, Copy)]
-struct Shape {
-    first_ceiling: Duration,
-    last_ceiling: Duration,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// The longest the first wait can be.
+    pub first_ceiling: Duration,
+    /// The longest any can be.
+    pub last_ceiling: Duration,
     /// No wait is shorter: a full jitter may otherwise draw next to nothing, many times in a row.
-    floor: Duration,
+    pub floor: Duration,
 }
 
-const CONNECTION: Shape = Shape {
-    first_ceiling: Duration::from_secs(1),
-    last_ceiling: Duration::from_mins(15),
-    floor: Duration::from_millis(100),
-};
+/// Shortest wait between two connections of a number.
+pub const RECONNECT_FLOOR: Duration = Duration::from_millis(100);
 const RESTART: Shape = Shape {
     first_ceiling: Duration::from_millis(500),
     last_ceiling: Duration::from_mins(1),
@@ -37,10 +36,10 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Between two connections of a number: up to 1 s at first, up to 15 min in the end.
+    /// Between two connections of a number.
     #[must_use]
-    pub fn connection() -> Self {
-        Self::of(CONNECTION)
+    pub fn connection(shape: Shape) -> Self {
+        Self::of(shape)
     }
 
     /// Between two starts of a crashed actor: up to 0.5 s at first, up to 60 s in the end.
@@ -82,10 +81,13 @@ impl Backoff {
 mod tests {
     use super::*;
 
+    const CONNECTION: Shape =
+        Shape { first_ceiling: Duration::from_secs(1), last_ceiling: Duration::from_mins(15), floor: RECONNECT_FLOOR };
+
     #[test]
     fn it_never_gives_up_and_stays_below_its_ceiling() {
         let random = Random::seeded(1);
-        for (mut backoff, shape) in [(Backoff::connection(), CONNECTION), (Backoff::restart(), RESTART)] {
+        for (mut backoff, shape) in [(Backoff::connection(CONNECTION), CONNECTION), (Backoff::restart(), RESTART)] {
             let mut ceiling = shape.first_ceiling;
             for _ in 0..10_000 {
                 let delay = backoff.next_delay(&random);
@@ -97,7 +99,7 @@ mod tests {
 
     #[test]
     fn the_calculator_itself_has_no_end() {
-        let mut backoff = Backoff::connection();
+        let mut backoff = Backoff::connection(CONNECTION);
         backoff.ceiling.start_time -= Duration::from_hours(24 * 365).min(Duration::from_hours(1));
         assert!(backoff.ceiling.next_backoff().is_some(), "gives up by elapsed time");
     }
@@ -105,7 +107,7 @@ mod tests {
     #[test]
     fn jitter_spreads_over_the_whole_range() {
         let random = Random::seeded(2);
-        let mut backoff = Backoff::connection();
+        let mut backoff = Backoff::connection(CONNECTION);
         for _ in 0..20 {
             let _ = backoff.next_delay(&random);
         }

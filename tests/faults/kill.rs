@@ -1,6 +1,7 @@
 //! The daemon dies under load, at random moments and at every failpoint, and nothing that was promised breaks.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
@@ -8,7 +9,7 @@ use rand::{RngExt, SeedableRng};
 use switchboard::telemetry::failpoint;
 use tokio::time::sleep;
 
-use crate::load::{Load, Pace};
+use crate::load::{Load, Pace, setting};
 use crate::process::Daemon;
 use crate::verdict::{Verdict, settle};
 use crate::world::{World, link, own_phone, until};
@@ -17,10 +18,6 @@ use crate::world::{World, link, own_phone, until};
 const REACHED_WITHIN: Duration = Duration::from_secs(30);
 /// Messages a second, all chats and both directions together, without `RATE`.
 const RATE: u32 = 60;
-
-fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
-    std::env::var(name).ok().map_or(otherwise, |text| text.parse().ok().unwrap_or_else(|| panic!("{name}={text}")))
-}
 
 /// Lives of the daemon, one after the other.
 struct Lives {
@@ -110,6 +107,8 @@ struct Plan {
     rounds: usize,
     rate: u32,
     seed: u64,
+    /// Only these, or all.
+    points: String,
 }
 
 async fn run(plan: Plan) {
@@ -133,19 +132,16 @@ async fn run(plan: Plan) {
         }
     }
     for round in 0..plan.rounds {
-        for name in failpoint::names() {
+        for name in failpoint::names().filter(|name| plan.points.is_empty() || plan.points.contains(*name)) {
             lives.killed_at(name).await;
         }
         println!("failpoints, round {}", round + 1);
         progress(&lives, &load, begun);
     }
     assert!(lives.all_online().await, "the daemon died by itself:\n{}", world.last_words());
-    let (sent, written) = load.finish(true).await;
-    // Streams follow to the end before they are stopped.
-    sleep(Duration::from_secs(2)).await;
-    let record = load.record(sent, written).await;
-    let verdict = settle(&world, &record).await;
-    report(&lives, &verdict, record.polls, begun);
+    let record = load.finish(true).await;
+    let verdict = settle(&world, &load.shared, &record).await;
+    report(&lives, &verdict, load.shared.polls.load(Ordering::Relaxed), begun);
     let bound = (lives.kills as u64) * u64::from(chats);
     assert!(verdict.wire_repeats <= bound, "{} wire repeats, at most {bound}", verdict.wire_repeats);
     assert!(
@@ -159,13 +155,12 @@ async fn run(plan: Plan) {
 }
 
 fn progress(lives: &Lives, load: &Load, begun: Instant) {
-    use std::sync::atomic::Ordering::Relaxed;
     println!(
         "{:.0} s: {} kills, {} accepted, {} written by phones, Online after {:.2} s",
         begun.elapsed().as_secs_f64(),
         lives.kills,
-        load.shared.accepted.load(Relaxed),
-        load.shared.written.load(Relaxed),
+        load.shared.accepted.load(Ordering::Relaxed),
+        load.shared.written.load(Ordering::Relaxed),
         lives.online.last().copied().unwrap_or_default().as_secs_f64()
     );
 }
@@ -182,14 +177,14 @@ fn report(lives: &Lives, verdict: &Verdict, polls: u64, begun: Instant) {
         verdict.accepted, verdict.unknown, verdict.inbound, verdict.events
     );
     println!(
-        "{} wire repeats, {} webhooks repeated, {} messages without a delivery receipt, {} undecryptable",
-        verdict.wire_repeats, verdict.webhooks_repeated, verdict.without_receipt, verdict.undecryptable
+        "{} wire repeats, {} webhooks repeated, {} messages without a delivery receipt, {} undecryptable, {} chats with a late one",
+        verdict.wire_repeats, verdict.webhooks_repeated, verdict.without_receipt, verdict.undecryptable, verdict.late
     );
     println!("sandbox: {}", verdict.stats);
     println!("{} violations", verdict.violations.len());
 }
 
-/// Short unless told otherwise: `KILLS`, `NUMBERS`, `FAILPOINT_ROUNDS`, `RATE`, `KILL_SEED`, `FAULTS_BINARY`.
+/// Short unless told otherwise: `KILLS`, `NUMBERS`, `FAILPOINT_ROUNDS`, `FAILPOINTS`, `RATE`, `KILL_SEED`, `FAULTS_BINARY`.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_promise_breaks_when_the_daemon_is_killed() {
     let kills = setting("KILLS", 12);
@@ -199,6 +194,7 @@ async fn no_promise_breaks_when_the_daemon_is_killed() {
         rounds: setting("FAILPOINT_ROUNDS", 1),
         rate: setting("RATE", RATE),
         seed: setting("KILL_SEED", 1),
+        points: setting("FAILPOINTS", String::new()),
     })
     .await;
 }

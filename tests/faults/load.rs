@@ -65,27 +65,26 @@ pub struct Told {
     pub digest: [u8; 32],
 }
 
-/// Everything the participants were told.
+/// Everything that was promised and written.
 #[derive(Debug, Default)]
 pub struct Record {
     pub sent: Vec<SentChat>,
     pub written: Vec<WrittenChat>,
-    /// By number, in order from sequence 1.
-    pub told: Vec<Vec<Told>>,
-    pub problems: Vec<String>,
-    pub polls: u64,
 }
 
 /// What tasks share.
 pub struct Shared {
     world: Arc<World>,
-    stopping: AtomicBool,
-    /// No more sends and writes; streams go on until they are stopped.
+    /// No more sends and writes.
     closing: AtomicBool,
     pub accepted: AtomicU64,
     pub written: AtomicU64,
+    /// Chats that have had their messages.
+    done: AtomicU64,
     problems: Mutex<Vec<String>>,
-    polls: AtomicU64,
+    pub polls: AtomicU64,
+    /// What each number's stream told, in order from sequence 1.
+    told: Vec<Mutex<Vec<Told>>>,
     /// The highest rung anybody was told, by message; the newest messages only.
     rungs: Mutex<Rungs>,
 }
@@ -123,6 +122,16 @@ impl Shared {
         self.problems.lock().unwrap().push(text);
     }
 
+    /// What was wrong with a single answer.
+    pub fn problems(&self) -> Vec<String> {
+        self.problems.lock().unwrap().clone()
+    }
+
+    /// What a number's stream has told so far.
+    pub fn told(&self, number: usize) -> Vec<Told> {
+        self.told[number].lock().unwrap().clone()
+    }
+
     fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Relaxed)
     }
@@ -133,8 +142,8 @@ pub struct Load {
     pub shared: Arc<Shared>,
     senders: JoinSet<SentChat>,
     writers: JoinSet<WrittenChat>,
-    streams: JoinSet<(usize, Vec<Told>)>,
-    polling: JoinSet<()>,
+    /// Streams and polls; they end with the load.
+    _watching: JoinSet<()>,
 }
 
 /// What a text is padded with: also two, three and four bytes a letter.
@@ -147,6 +156,11 @@ fn text(random: &mut StdRng, head: String) -> String {
         text.push_str(WORDS[random.random_range(0..WORDS.len())]);
     }
     text
+}
+
+/// A number from the environment.
+pub fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
+    std::env::var(name).ok().map_or(otherwise, |text| text.parse().ok().unwrap_or_else(|| panic!("{name}={text}")))
 }
 
 /// How fast and how much.
@@ -163,15 +177,16 @@ impl Load {
     pub fn start(world: &Arc<World>, seed: u64, pace: Pace) -> Self {
         let shared = Arc::new(Shared {
             world: world.clone(),
-            stopping: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             accepted: AtomicU64::new(0),
             written: AtomicU64::new(0),
+            done: AtomicU64::new(0),
             problems: Mutex::default(),
             polls: AtomicU64::new(0),
+            told: world.numbers.iter().map(|_| Mutex::default()).collect(),
             rungs: Mutex::default(),
         });
-        let (mut senders, mut writers, mut streams) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+        let (mut senders, mut writers, mut watching) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
         let count = world.numbers.len();
         for index in 0..count {
             let random = |which: usize| StdRng::seed_from_u64(seed ^ ((index as u64) << 32 | (which as u64) << 16));
@@ -184,31 +199,25 @@ impl Load {
                 let peer = world.numbers[other].phone.clone();
                 senders.spawn(send(shared.clone(), index, peer, random(200), pace));
             }
-            streams.spawn(follow(shared.clone(), index));
+            watching.spawn(follow(shared.clone(), index));
         }
-        let mut polling = JoinSet::new();
-        polling.spawn(poll(shared.clone(), StdRng::seed_from_u64(seed)));
-        Self { shared, senders, writers, streams, polling }
+        watching.spawn(poll(shared.clone(), StdRng::seed_from_u64(seed)));
+        Self { shared, senders, writers, _watching: watching }
+    }
+
+    /// Whether every chat has had its messages.
+    pub fn is_done(&self) -> bool {
+        let here = self.shared.world.numbers.len();
+        let chats = here * (CUSTOMERS + usize::from(here > 1));
+        self.shared.done.load(Ordering::Relaxed) >= (chats + here * CUSTOMERS) as u64
     }
 
     /// Waits until every chat has had its messages, or ends them now and waits for the answers that are due.
-    pub async fn finish(&mut self, now: bool) -> (Vec<SentChat>, Vec<WrittenChat>) {
+    pub async fn finish(&mut self, now: bool) -> Record {
         self.shared.closing.store(now, Ordering::Relaxed);
         let sent = std::mem::take(&mut self.senders).join_all().await;
         let written = std::mem::take(&mut self.writers).join_all().await;
-        (sent, written)
-    }
-
-    /// Ends the streams and gives what everybody was told.
-    pub async fn record(mut self, sent: Vec<SentChat>, written: Vec<WrittenChat>) -> Record {
-        self.shared.stopping.store(true, Ordering::Relaxed);
-        self.polling.abort_all();
-        let mut told = vec![Vec::new(); self.shared.world.numbers.len()];
-        for (index, log) in self.streams.join_all().await {
-            told[index] = log;
-        }
-        let problems = std::mem::take(&mut *self.shared.problems.lock().unwrap());
-        Record { sent, written, told, problems, polls: self.shared.polls.load(Ordering::Relaxed) }
+        Record { sent, written }
     }
 }
 
@@ -247,6 +256,7 @@ async fn send(shared: Arc<Shared>, number: usize, peer: String, mut random: StdR
         }
         chat.sent.push(sent);
     }
+    shared.done.fetch_add(1, Ordering::Relaxed);
     chat
 }
 
@@ -289,14 +299,15 @@ async fn write(shared: Arc<Shared>, number: usize, from: String, mut random: Std
             phones.read(&from, &to).await.unwrap();
         }
     }
+    shared.done.fetch_add(1, Ordering::Relaxed);
     chat
 }
 
 /// Follows a number's events, resuming by cursor: a step must be the one after the last.
-async fn follow(shared: Arc<Shared>, number: usize) -> (usize, Vec<Told>) {
-    let (mut told, mut cursor) = (Vec::new(), String::new());
+async fn follow(shared: Arc<Shared>, number: usize) {
+    let mut cursor = String::new();
     let caller = &shared.world.numbers[number].caller;
-    while !shared.stopping.load(Ordering::Relaxed) {
+    loop {
         let request = proto::StreamEventsRequest {
             resume_cursor: cursor.clone(),
             progress_interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
@@ -316,17 +327,14 @@ async fn follow(shared: Arc<Shared>, number: usize) -> (usize, Vec<Told>) {
         while let Ok(Ok(Some(step))) = timeout(ANSWER_WITHIN, stream.message()).await {
             cursor = step.cursor;
             if let Some(Step::Event(event)) = step.step {
-                take(&shared, number, event, &mut told);
-            }
-            if shared.stopping.load(Ordering::Relaxed) {
-                break;
+                take(&shared, number, event);
             }
         }
     }
-    (number, told)
 }
 
-fn take(shared: &Shared, number: usize, event: proto::Event, told: &mut Vec<Told>) {
+fn take(shared: &Shared, number: usize, event: proto::Event) {
+    let mut told = shared.told[number].lock().unwrap();
     if event.sequence != told.len() as i64 + 1 {
         shared.problem(format!("number {number}: event {} after {}", event.sequence, told.len()));
     }

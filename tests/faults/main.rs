@@ -16,8 +16,10 @@
 )]
 
 mod kill;
+mod line;
 mod load;
 mod process;
+mod proxy;
 mod sink;
 mod verdict;
 mod world;

@@ -97,7 +97,7 @@ impl Plan {
             ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
             ("LIMITS__BURST", "1000".to_owned()),
             ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
-            ("LOG__LEVEL", "warn,switchboard::daemon=info".to_owned()),
+            ("LOG__LEVEL", std::env::var("FAULTS_LOG").unwrap_or("warn,switchboard::daemon=info".to_owned())),
         ];
         all.extend(settings.iter().map(|(key, value)| (*key, (*value).to_owned())));
         Self { data, api, admin, settings: all }
@@ -118,11 +118,14 @@ impl Plan {
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let ready = Arc::new(OnceLock::new());
-        let (told, kept) = (ready.clone(), log.clone());
+        let (told, kept, aloud) = (ready.clone(), log.clone(), std::env::var_os("FAULTS_LOG").is_some());
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 if line.contains("ready api=") {
                     let _ = told.set(Instant::now());
+                }
+                if aloud {
+                    eprintln!("daemon: {line}");
                 }
                 let mut kept = kept.lock().unwrap();
                 if kept.len() >= LOG_LINES {

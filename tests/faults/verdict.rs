@@ -10,7 +10,7 @@ use switchboard::api::grpc::proto::stream_events_response::Step;
 use switchboard::api::grpc::proto::{MessageDirection, MessageStatus};
 use tokio::time::sleep;
 
-use crate::load::{Record, Told, described};
+use crate::load::{Record, Shared, Told, described};
 use crate::world::{PATIENCE, World, neighbour};
 
 /// Violations that have not changed for so long are not going to.
@@ -35,20 +35,22 @@ pub struct Verdict {
     pub without_receipt: usize,
     /// Rows for messages that could not be decrypted.
     pub undecryptable: usize,
+    /// Chats in which a message came late because its sender had to be asked for it again.
+    pub late: usize,
     pub stats: serde_json::Value,
 }
 
 /// Compares until everything agrees, or nothing changes any more.
-pub async fn settle(world: &World, record: &Record) -> Verdict {
+pub async fn settle(world: &World, shared: &Shared, record: &Record) -> Verdict {
     let begun = Instant::now();
     let (mut last, mut changed) = (Vec::new(), Instant::now());
     loop {
-        let mut verdict = compare(world, record).await;
+        let mut verdict = compare(world, shared, record).await;
         if verdict.violations != last {
             (last, changed) = (verdict.violations.clone(), Instant::now());
         }
         if last.is_empty() || changed.elapsed() > SETTLED_AFTER || begun.elapsed() > PATIENCE {
-            verdict.violations.extend(record.problems.iter().cloned());
+            verdict.violations.extend(shared.problems());
             verdict.violations.extend(world.sink.problems());
             return verdict;
         }
@@ -56,7 +58,7 @@ pub async fn settle(world: &World, record: &Record) -> Verdict {
     }
 }
 
-async fn compare(world: &World, record: &Record) -> Verdict {
+async fn compare(world: &World, shared: &Shared, record: &Record) -> Verdict {
     let mut verdict = Verdict {
         accepted: record.sent.iter().map(|chat| chat.sent.len()).sum(),
         unknown: record.sent.iter().map(|chat| chat.unknown).sum(),
@@ -71,7 +73,7 @@ async fn compare(world: &World, record: &Record) -> Verdict {
     phones(world, record, &mut verdict).await;
     for index in 0..world.numbers.len() {
         history(world, record, index, &mut verdict).await;
-        events(world, record, index, &mut verdict).await;
+        events(world, &shared.told(index), index, &mut verdict).await;
     }
     verdict
 }
@@ -137,6 +139,13 @@ async fn history(world: &World, record: &Record, index: usize, verdict: &mut Ver
     }
     for (peer, texts) in expected {
         let rows = inbound.remove(&peer).unwrap_or_default();
+        let (mut in_order, mut as_came) = (texts.clone(), rows.clone());
+        in_order.sort();
+        as_came.sort();
+        if texts != rows && in_order == as_came && verdict.stats["retry_receipts"] != 0 {
+            verdict.late += 1;
+            continue;
+        }
         differ(&format!("I4: the history of number {index} holds from {peer}"), &texts, &rows, verdict);
     }
     for (peer, rows) in outbound
@@ -149,10 +158,9 @@ async fn history(world: &World, record: &Record, index: usize, verdict: &mut Ver
 }
 
 /// The log is gap-free and says now what streams said then; rungs only climb; webhooks told all of it, in order.
-async fn events(world: &World, record: &Record, index: usize, verdict: &mut Verdict) {
+async fn events(world: &World, told: &[Told], index: usize, verdict: &mut Verdict) {
     let log = whole_log(world, index).await;
     verdict.events += log.len();
-    let told = &record.told[index];
     if let Some(at) = told.iter().zip(&log).position(|(then, now)| then != now) {
         let (then, now) = (&told[at], &log[at]);
         verdict.violations.push(format!("number {index}: event {} was {then:?} and is {now:?}", at + 1));

@@ -32,6 +32,7 @@ use super::transport::{Reached, SocketSlot};
 use crate::domain::close::CloseReason;
 use crate::session::contract::{SendError, SessionCommand, SessionEvent};
 use crate::store::number_store::NumberStore;
+use crate::store::unit::Unit;
 use crate::telemetry::failpoint::{self, Failpoint};
 
 /// From opening to `Online` on a known device: 20 s each for socket and handshake, 90 s to drain.
@@ -55,10 +56,15 @@ const DISCONNECT_WITHIN: Duration = Duration::from_secs(15);
 const LOGOUT_WITHIN: Duration = Duration::from_secs(20);
 /// How long `run()` may take to return once its client is shut down and its socket is closed.
 const RUN_ENDS_WITHIN: Duration = Duration::from_secs(5);
-/// How long tasks of the library may take to notice the end before they are aborted.
-const TASKS_END_WITHIN: Duration = Duration::from_secs(2);
-/// How long sends in flight may take at the end.
+/// How long tasks of the library may take to notice the end before they are aborted. What must be kept was flushed
+/// before; some only sleep.
+const TASKS_END_WITHIN: Duration = Duration::from_millis(200);
+/// How long sends in flight may take at a polite end.
 const SENDS_END_WITHIN: Duration = Duration::from_secs(2);
+/// And when the connection is gone: the library would wait for one that never comes.
+const LOST_SENDS_END_WITHIN: Duration = Duration::from_millis(100);
+/// How long the writes of the session may take to be applied at its end.
+const WRITES_END_WITHIN: Duration = Duration::from_secs(10);
 /// How long after the end of the first connection the library may still tell that it was paired.
 const PAIRED_WITHIN: Duration = Duration::from_secs(5);
 /// Connections of one pairing: the one with the code, and a few attempts at the first login.
@@ -399,7 +405,8 @@ impl Connection<'_> {
             parts.slot.close().await;
             outbound.close(Duration::ZERO).await;
         } else {
-            outbound.close(SENDS_END_WITHIN).await;
+            let is_polite = reason == CloseReason::Requested;
+            outbound.close(if is_polite { SENDS_END_WITHIN } else { LOST_SENDS_END_WITHIN }).await;
             if timeout(DISCONNECT_WITHIN, Box::pin(client.disconnect())).await.is_err() {
                 tracing::warn!("disconnect took too long");
                 client.signal_shutdown_sync();
@@ -417,6 +424,8 @@ impl Connection<'_> {
         parts.runtime.idle(TASKS_END_WITHIN).await;
         parts.backend.seal();
         parts.runtime.close();
+        // A write of an aborted task may still be queued. The next session reads the same rows and must find it there.
+        let _ = timeout(WRITES_END_WITHIN, store.commit(Unit::rides_along())).await;
         if matches!(reason, CloseReason::PairingRefused { .. }) && forget_device(&store).await.is_err() {
             return CloseReason::StoreFailed;
         }
