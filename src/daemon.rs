@@ -243,6 +243,7 @@ impl Daemon {
 #[must_use]
 pub fn store_settings(config: &Config, random: Arc<Random>) -> StoreSettings {
     let mut settings = StoreSettings::at(&config.data.dir, random);
+    settings.low_water_bytes = config.store.low_water_bytes;
     if let Some(file) = &config.store.master_key_file {
         settings.master_key_file.clone_from(file);
     }

@@ -33,7 +33,7 @@
 //! Imports point down this list only: domain ← telemetry ← store, session, webhook ← number ← supervisor ← api ← daemon.
 //! `tests/tidy.rs` holds the table and fails on any other arrow.
 //!
-//! # The four flows
+//! # The five flows
 //!
 //! * **Send.** The handle takes a permit, looks up the chat and casts. One step makes one unit {history row, outbox row,
 //!   idempotency record, counters}, written only if the request id is new. The caller is answered when it is on disk. If the
@@ -43,6 +43,8 @@
 //!   event, webhook rows}; then the hook returns, and only then does WhatsApp get its receipt.
 //! * **Crash.** The shard drops the old state (and with it the session), waits the restart backoff and starts the actor
 //!   again; it claims the next epoch, reads its records and goes on. A lost socket is not a crash: it is an input.
+//! * **The disk fails.** The committer gives the volume up at the first error: no read, no write, no answer. Its numbers'
+//!   actors end (that is no crash) and wait; the store's mender opens the volume again when there is room, and they claim.
 //! * **Boot.** The directory is complete before the API answers; every number then claims, loads and asks the gate.
 //!
 //! # Invariants, and the test that guards each
@@ -61,6 +63,7 @@
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
 //! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |
+//! | a full disk loses nothing, says so, and is left behind without a restart | `it::disk` |
 //! | nothing lies on disk in clear, no value can be moved, deletion is final | `it::sealing`, `store::tests::sealing` |
 //! | all of these when the process is killed at any place | `faults::kill` |
 //! | nothing is lost, doubled or reordered on a bad line | `faults::line` |

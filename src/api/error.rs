@@ -168,6 +168,8 @@ reasons! {
     Overloaded "OVERLOADED" Unavailable 503 true "too many calls at once",
     /// The disk refused.
     StoreFailed "STORE_FAILED" Unavailable 503 true "the store is not available",
+    /// There is no room, or too little to begin something new.
+    DiskFull "DISK_FULL" ResourceExhausted 507 true "the disk is full",
     /// The deadline passed first.
     DeadlineExceeded "DEADLINE_EXCEEDED" DeadlineExceeded 504 true "the deadline passed; the call may have taken effect",
     /// A defect of ours.
@@ -237,6 +239,9 @@ const RETRY_SOON: Duration = Duration::from_secs(1);
 /// Wait suggested when a queue must drain first.
 const RETRY_LATER: Duration = Duration::from_secs(30);
 
+/// Wait suggested while the disk does not work: that is how often it is looked at.
+const RETRY_DISK: Duration = Duration::from_secs(10);
+
 impl From<SendRefused> for ApiError {
     fn from(refused: SendRefused) -> Self {
         match refused {
@@ -244,6 +249,8 @@ impl From<SendRefused> for ApiError {
             SendRefused::Busy => Self::from(Reason::NumberBusy).retry_after(RETRY_SOON),
             SendRefused::QueueFull => Self::from(Reason::QueueFull).retry_after(RETRY_LATER),
             SendRefused::Draining => Self::from(Reason::Draining).retry_after(RETRY_SOON),
+            SendRefused::DiskFull => Self::from(Reason::DiskFull).retry_after(RETRY_DISK),
+            SendRefused::StoreFailed => Self::from(Reason::StoreFailed).retry_after(RETRY_DISK),
             SendRefused::RequestIdReused => Reason::RequestIdReused.into(),
         }
     }
@@ -272,7 +279,10 @@ impl From<FleetError> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         tracing::error!(%error, "the store refused a call");
-        Self::from(Reason::StoreFailed).retry_after(RETRY_SOON)
+        match error {
+            StoreError::DiskFull => Self::from(Reason::DiskFull).retry_after(RETRY_DISK),
+            _ => Self::from(Reason::StoreFailed).retry_after(RETRY_SOON),
+        }
     }
 }
 

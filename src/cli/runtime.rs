@@ -139,15 +139,24 @@ fn serve(file: Option<&Path>) -> ExitCode {
     })
 }
 
+/// A write beyond the limit on the size of a file: it kills whoever does not listen. The write then fails as on a full
+/// disk, which the store knows how to handle.
+const SIGXFSZ: i32 = 25;
+
 /// SIGTERM and SIGINT.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    _too_large: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            _too_large: signal(SignalKind::from_raw(SIGXFSZ))?,
+        })
     }
 
     async fn next(&mut self) {

@@ -55,6 +55,8 @@ pub struct Data {
 pub struct Store {
     /// The master key file; `None` is `keys/master.key` in the data directory.
     pub master_key_file: Option<PathBuf>,
+    /// Free bytes below which new sends are refused.
+    pub low_water_bytes: u64,
 }
 
 /// The public listener.
@@ -248,7 +250,8 @@ impl Reader<'_> {
     fn store(&mut self) -> Option<Store> {
         let path = |text: &str| Some((!text.is_empty()).then(|| PathBuf::from(text)));
         let master_key_file = self.text("store", "master_key_file", "a path, or \"\"", path);
-        Some(Store { master_key_file: master_key_file? })
+        let low_water_mib = self.integer("store", "low_water_mib", 0..=1_048_576);
+        Some(Store { master_key_file: master_key_file?, low_water_bytes: u64::from(low_water_mib?) << 20 })
     }
 
     fn api(&mut self) -> Option<Api> {

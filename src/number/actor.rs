@@ -11,7 +11,8 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::environment::Environment;
 use super::handle::{Live, NumberHandle, Pairing};
 use super::message::{
-    Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, Waiter,
+    Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, StoreLost,
+    Waiter,
 };
 use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
@@ -42,11 +43,6 @@ pub struct Arguments {
     /// What it acts with.
     pub environment: Arc<Environment>,
 }
-
-/// The number's own store failed; the actor ends and its successor opens it again.
-#[derive(Debug, thiserror::Error)]
-#[error("the number's store failed: {0}")]
-pub struct StoreLost(#[from] pub StoreError);
 
 /// A task of the number panicked.
 #[derive(Debug, thiserror::Error)]
@@ -152,7 +148,9 @@ impl Actor for NumberActor {
         let _entered = span.enter();
         state.reap()?;
         match message {
-            NumberMessage::Internal(Internal(inner)) => state.on_internal(inner, &myself)?,
+            NumberMessage::Internal(Internal(inner)) => {
+                state.on_internal(inner, &myself).map_err(|error| state.lost(error))?;
+            }
             NumberMessage::Send { request, reply, permit } => {
                 if state.loaded.is_none() {
                     let _ = reply.send(Err(SendRefused::NotReady));
@@ -241,12 +239,12 @@ impl NumberState {
         self.schedule(now, myself);
     }
 
-    fn on_internal(&mut self, inner: Inner, myself: &ActorRef<NumberMessage>) -> Result<(), ActorProcessingErr> {
+    fn on_internal(&mut self, inner: Inner, myself: &ActorRef<NumberMessage>) -> Result<(), StoreError> {
         match inner {
             Inner::Loaded(loaded) => self.on_loaded(loaded, myself)?,
             Inner::Stored(ticket, Ok(())) => self.step(Input::Stored(ticket, true), myself),
             Inner::Stored(ticket, Err(StoreError::Conflict)) => self.step(Input::Stored(ticket, false), myself),
-            Inner::Stored(_, Err(error)) => return Err(StoreLost(error).into()),
+            Inner::Stored(_, Err(error)) => return Err(error),
             Inner::Record(reply, body, record) => self.answer_from_record(reply, body, record?),
             Inner::Granted(turn) => {
                 self.turn = Some(turn);
@@ -273,7 +271,7 @@ impl NumberState {
         &mut self,
         loaded: Result<(NumberStore, Snapshot), StoreError>,
         myself: &ActorRef<NumberMessage>,
-    ) -> Result<(), StoreLost> {
+    ) -> Result<(), StoreError> {
         let (store, mut snapshot) = loaded?;
         let now = self.environment.clock.now();
         let limits = self.environment.limits;
@@ -295,6 +293,21 @@ impl NumberState {
             self.step(Input::Tick, myself);
         }
         Ok(())
+    }
+
+    /// Why the actor ends. Those who wait for the disk hear the reason; what became of their unit the disk knows.
+    fn lost(&mut self, error: StoreError) -> ActorProcessingErr {
+        // What cannot be read, or is somebody else's, is no matter of the disk: that counts as a crash.
+        if matches!(error, StoreError::Corrupt(_) | StoreError::Fenced | StoreError::TooLarge(_)) {
+            return error.into();
+        }
+        let lost = StoreLost(error);
+        for (_, waiter) in self.waiters.drain() {
+            if let Waiter::Send(reply, _permit) = waiter {
+                let _ = reply.send(Err(SendRefused::from(&lost)));
+            }
+        }
+        lost.into()
     }
 
     fn answer_from_record(&mut self, reply: ReplyId, body: [u8; 32], record: Option<IdempotencyRecord>) {

@@ -1,15 +1,15 @@
 //! The way to a number for everybody else. It outlives the actor's restarts, admits before the mailbox (which has
 //! no limit of its own) and answers every read without asking the actor.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ractor::ActorRef;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 
-use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused};
+use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused, StoreLost};
 use crate::domain::delivery::Endpoint;
 use crate::domain::id::{EventSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
@@ -111,6 +111,8 @@ pub struct NumberHandle {
     events: watch::Sender<EventSeq>,
     event_floor: AtomicU64,
     live: watch::Sender<Option<Arc<Live>>>,
+    /// Why there is no incarnation, when that is the disk's doing.
+    lost: Mutex<Option<StoreLost>>,
     calls: Arc<Semaphore>,
     slot: Arc<Semaphore>,
     answered_at_millis: AtomicU64,
@@ -138,6 +140,7 @@ impl NumberHandle {
             events: watch::Sender::new(EventSeq(0)),
             event_floor: AtomicU64::new(0),
             live: watch::Sender::new(None),
+            lost: Mutex::new(None),
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             slot: Arc::new(Semaphore::new(1)),
             answered_at_millis: AtomicU64::new(0),
@@ -237,8 +240,16 @@ impl NumberHandle {
         });
     }
 
+    /// The number waits for its volume: calls are refused at once, with the reason.
+    pub(crate) fn set_lost(&self, lost: &StoreLost) {
+        *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(lost.clone());
+    }
+
     /// The actor is there (`Some`) or gone.
     pub(crate) fn set_live(&self, live: Option<Live>) {
+        if live.is_some() {
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
         self.live.send_replace(live.map(Arc::new));
     }
 
@@ -265,15 +276,25 @@ impl NumberHandle {
         tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone()
     }
 
+    async fn live_or_reason(&self) -> Result<Arc<Live>, SendRefused> {
+        if let Some(lost) = &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Err(lost.into());
+        }
+        self.live().await.ok_or(SendRefused::NotReady)
+    }
+
     /// Accepts a send: durable when this returns `Ok`. Cancelling the call does not undo it.
     ///
     /// # Errors
-    /// See [`SendRefused`]; nothing was kept then, except possibly after `NotReady`: the number went down during
-    /// the call. Asking again with the same request id is always safe.
+    /// See [`SendRefused`]; nothing was kept then, except possibly after `NotReady`, `DiskFull` or `StoreFailed`: the
+    /// number, or its disk, went down during the call. Asking again with the same request id is always safe.
     pub async fn send(&self, command: SendCommand, random: &Random) -> Result<Accepted, SendRefused> {
         let permit = self.calls.clone().try_acquire_owned().map_err(|_| SendRefused::Busy)?;
-        let live = self.live().await.ok_or(SendRefused::NotReady)?;
-        let chat = live.store.chat_of(&command.to).await.map_err(|_| SendRefused::NotReady)?;
+        let live = self.live_or_reason().await?;
+        if !live.store.has_room() {
+            return Err(SendRefused::DiskFull);
+        }
+        let chat = live.store.chat_of(&command.to).await.map_err(|error| SendRefused::from(&StoreLost(error)))?;
         let idempotency = command.request_id.as_ref().map(|request_id| {
             let key = live.store.idempotency_key(&command.scope, request_id);
             (key, body_digest(&command))
@@ -298,7 +319,7 @@ impl NumberHandle {
     /// # Errors
     /// `NotReady` while the number starts.
     pub async fn control(&self, control: Control) -> Result<(), SendRefused> {
-        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let live = self.live_or_reason().await?;
         let (reply, answer) = oneshot::channel();
         live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| SendRefused::NotReady)?;
         answer.await.map_err(|_| SendRefused::NotReady)

@@ -66,6 +66,38 @@ pub enum SendRefused {
     /// The request id was used for something else.
     #[error("the request id was used before for another request")]
     RequestIdReused,
+    /// There is no room on the disk, or too little to begin something new.
+    #[error("the disk is full")]
+    DiskFull,
+    /// The number's volume is quarantined.
+    #[error("the store is not available")]
+    StoreFailed,
+}
+
+impl From<&StoreLost> for SendRefused {
+    fn from(lost: &StoreLost) -> Self {
+        match lost.0 {
+            StoreError::DiskFull => Self::DiskFull,
+            _ => Self::StoreFailed,
+        }
+    }
+}
+
+/// The number's own store failed. The actor ends, which is not a crash of the number's: its successor reads everything
+/// again as soon as the volume is open.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the number's store failed: {0}")]
+pub struct StoreLost(pub StoreError);
+
+impl StoreLost {
+    /// Stable code for the number's state.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self.0 {
+            StoreError::DiskFull => "DISK_FULL",
+            _ => "STORE_FAILED",
+        }
+    }
 }
 
 /// Why a change of endpoints was refused.

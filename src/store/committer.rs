@@ -3,12 +3,13 @@
 //! is what makes an answer mean "on disk".
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
+use super::disk::{Log, refused, sled_refused};
 use super::error::StoreError;
 use crate::telemetry::failpoint::{self, Failpoint};
 
@@ -38,14 +39,37 @@ pub(super) enum RawCheck {
 }
 
 /// Called on the committer thread: hand the result on, never work here.
-pub(super) type Completion = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+type Completion = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+
+/// Whom to answer. One that is dropped unanswered, with a queue that died, answers `Closed`.
+pub(super) struct Answer(Option<Completion>);
+
+impl Answer {
+    pub(super) fn to(done: impl FnOnce(Result<(), StoreError>) + Send + 'static) -> Self {
+        Self(Some(Box::new(done)))
+    }
+
+    fn give(mut self, outcome: Result<(), StoreError>) {
+        if let Some(done) = self.0.take() {
+            done(outcome);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(done) = self.0.take() {
+            done(Err(StoreError::Closed));
+        }
+    }
+}
 
 pub(super) struct Request {
     pub(super) ops: Vec<RawOp>,
     pub(super) checks: Vec<RawCheck>,
     pub(super) bytes: usize,
     pub(super) durable: bool,
-    pub(super) done: Completion,
+    pub(super) done: Answer,
 }
 
 enum Job {
@@ -66,29 +90,67 @@ pub struct CommitterStats {
     pub sync_micros: AtomicU64,
 }
 
+/// How a Db came to be given up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Failure {
+    pub(super) error: StoreError,
+    /// A sync failed, or worse: what the page cache says need not be on the disk.
+    pub(super) cache_suspect: bool,
+}
+
+/// An open Db as readers and the committer share it. Once it failed nobody reads or writes it any more.
+pub(super) struct Shared {
+    tree: RwLock<Option<sled::Tree>>,
+    failure: OnceLock<Failure>,
+}
+
+impl Shared {
+    pub(super) fn failure(&self) -> Option<&Failure> {
+        self.failure.get()
+    }
+
+    /// Reads, unless the Db failed or was closed.
+    pub(super) fn read<T>(&self, read: impl FnOnce(&sled::Tree) -> sled::Result<T>) -> Result<T, StoreError> {
+        let tree = self.tree.read().unwrap_or_else(PoisonError::into_inner);
+        match (&*tree, self.failure()) {
+            (Some(tree), None) => read(tree).map_err(|error| sled_refused(&error)),
+            (_, Some(failure)) => Err(failure.error.clone()),
+            (None, None) => Err(StoreError::Closed),
+        }
+    }
+
+    fn let_go(&self) {
+        *self.tree.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
 /// The committer of one Db. Dropping it closes the thread after what was queued.
 pub(super) struct Committer {
     jobs: SyncSender<Job>,
-    failed: Arc<AtomicBool>,
-    pub(super) stats: Arc<CommitterStats>,
+    shared: Arc<Shared>,
+    stats: Arc<CommitterStats>,
     thread: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Committer {
-    pub(super) fn start(name: &str, db: sled::Db, tree: sled::Tree, log: File) -> std::io::Result<Self> {
+    pub(super) fn start(
+        name: &str,
+        db: sled::Db,
+        tree: sled::Tree,
+        log: Box<dyn Log>,
+        stats: Arc<CommitterStats>,
+    ) -> std::io::Result<Self> {
         let (jobs, queue) = sync_channel(QUEUE_UNITS_MAX);
-        let failed = Arc::new(AtomicBool::new(false));
-        let stats = Arc::new(CommitterStats::default());
-        let mut worker = Worker { db, tree, log, queue, failed: failed.clone(), stats: stats.clone() };
+        let shared = Arc::new(Shared { tree: RwLock::new(Some(tree.clone())), failure: OnceLock::new() });
+        let mut worker = Worker { db, tree, log, queue, shared: shared.clone(), stats: stats.clone() };
         let thread = std::thread::Builder::new().name(format!("commit-{name}")).spawn(move || worker.run())?;
-        Ok(Self { jobs, failed, stats, thread: std::sync::Mutex::new(Some(thread)) })
+        Ok(Self { jobs, shared, stats, thread: std::sync::Mutex::new(Some(thread)) })
     }
 
     /// Queues a unit; `done` is called once it is on disk, or not. When this fails `done` was called with the error.
     pub(super) fn submit(&self, request: Request) {
-        if self.failed.load(Ordering::Acquire) {
-            (request.done)(Err(quarantined()));
-            return;
+        if let Some(failure) = self.shared.failure() {
+            return request.done.give(Err(failure.error.clone()));
         }
         self.stats.queued.fetch_add(1, Ordering::Relaxed);
         if let Err(error) = self.jobs.try_send(Job::Commit(request)) {
@@ -98,13 +160,19 @@ impl Committer {
                 TrySendError::Disconnected(job) => (job, StoreError::Closed),
             };
             if let Job::Commit(request) = job {
-                (request.done)(Err(reason));
+                request.done.give(Err(reason));
             }
         }
     }
 
-    pub(super) fn is_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Whether a failed Db is really closed: sled's own threads may still hold on to it.
+    pub(super) fn has_ended(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Writes what is queued and ends the thread.
@@ -113,7 +181,10 @@ impl Committer {
         if let Some(thread) = thread {
             // The thread drains the queue in order, so this blocks only as long as the disk does.
             let _ = self.jobs.send(Job::Close);
-            let _ = thread.join();
+            // One that failed ends by itself, if sled lets it: it has nothing to write and nobody waits for it.
+            if self.shared.failure().is_none() {
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -124,28 +195,24 @@ impl Drop for Committer {
     }
 }
 
-fn quarantined() -> StoreError {
-    StoreError::Failed("an earlier write failed".to_owned())
-}
-
 struct Worker {
     db: sled::Db,
     tree: sled::Tree,
-    log: File,
+    log: Box<dyn Log>,
     queue: Receiver<Job>,
-    failed: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     stats: Arc<CommitterStats>,
 }
 
 impl Worker {
     fn run(&mut self) {
-        loop {
+        let mut open = true;
+        while open && self.shared.failure().is_none() {
             let Ok(Job::Commit(first)) = self.queue.recv() else {
                 break;
             };
             let mut bytes = first.bytes;
             let mut group = vec![first];
-            let mut closing = false;
             while group.len() < GROUP_UNITS_MAX && bytes < GROUP_BYTES_MAX {
                 match self.queue.try_recv() {
                     Ok(Job::Commit(request)) => {
@@ -153,30 +220,23 @@ impl Worker {
                         group.push(request);
                     }
                     Ok(Job::Close) => {
-                        closing = true;
+                        open = false;
                         break;
                     }
                     Err(_) => break,
                 }
             }
             self.commit(group);
-            if closing {
-                break;
-            }
         }
-        if !self.failed.load(Ordering::Acquire) {
+        if self.shared.failure().is_none() {
             let _ = self.sync();
         }
+        self.stats.queued.store(0, Ordering::Relaxed);
+        self.shared.let_go();
     }
 
     fn commit(&mut self, group: Vec<Request>) {
         self.stats.queued.fetch_sub(group.len() as u64, Ordering::Relaxed);
-        if self.failed.load(Ordering::Acquire) {
-            for request in group {
-                (request.done)(Err(quarantined()));
-            }
-            return;
-        }
         let mut overlay: HashMap<Vec<u8>, Option<Vec<u8>>> = HashMap::new();
         let mut answers = Vec::with_capacity(group.len());
         let mut durable = false;
@@ -185,19 +245,21 @@ impl Worker {
             durable |= request.durable && staged.is_ok();
             answers.push((request.done, staged));
         }
-        let written = self.write(overlay, durable);
-        if let Err(error) = &written {
+        // sled panics where it does not expect the disk's answer.
+        let written = catch_unwind(AssertUnwindSafe(|| self.write(overlay, durable)));
+        let written = written.unwrap_or_else(|_| Err(suspect("panic while writing".to_owned())));
+        let written = written.map_err(|failure| {
             // A failed sync is never tried again: the kernel may have dropped the pages it could not write.
-            self.failed.store(true, Ordering::Release);
-            tracing::error!(%error, "volume quarantined after a failed write");
-        }
+            let _ = self.shared.failure.set(failure.clone());
+            failure.error
+        });
         self.stats.groups.fetch_add(1, Ordering::Relaxed);
         let units = answers.iter().filter(|(_, staged)| staged.is_ok()).count();
         self.stats.units.fetch_add(units as u64, Ordering::Relaxed);
         // Refusals as well only now: answers keep the order of the units, and the record that one was refused for may
         // be of this very group.
         for (done, staged) in answers {
-            done(written.clone().and(staged));
+            done.give(written.clone().and(staged));
         }
     }
 
@@ -205,7 +267,7 @@ impl Worker {
         if let Some(staged) = overlay.get(key) {
             return Ok(staged.clone());
         }
-        let stored = self.tree.get(key).map_err(|error| StoreError::Failed(error.to_string()))?;
+        let stored = self.tree.get(key).map_err(|error| sled_refused(&error))?;
         Ok(stored.map(|value| value.to_vec()))
     }
 
@@ -245,7 +307,9 @@ impl Worker {
         Ok(())
     }
 
-    fn write(&self, overlay: HashMap<Vec<u8>, Option<Vec<u8>>>, durable: bool) -> Result<(), StoreError> {
+    fn write(&mut self, overlay: HashMap<Vec<u8>, Option<Vec<u8>>>, durable: bool) -> Result<(), Failure> {
+        let plain = |error| Failure { error, cache_suspect: false };
+        self.log.before_write().map_err(|error| plain(refused(&error)))?;
         if !overlay.is_empty() {
             let mut batch = sled::Batch::default();
             for (key, value) in overlay {
@@ -255,20 +319,27 @@ impl Worker {
                 }
             }
             failpoint::reach(Failpoint::GroupBeforeApply);
-            self.tree.apply_batch(batch).map_err(|error| StoreError::Failed(error.to_string()))?;
+            self.tree.apply_batch(batch).map_err(|error| plain(sled_refused(&error)))?;
             failpoint::reach(Failpoint::GroupAfterApply);
         }
         if durable { self.sync() } else { Ok(()) }
     }
 
-    fn sync(&self) -> Result<(), StoreError> {
+    fn sync(&mut self) -> Result<(), Failure> {
         let begun = std::time::Instant::now();
-        self.db.flush().map_err(|error| StoreError::Failed(error.to_string()))?;
+        // sled's flush syncs nothing, so its failure says nothing about what was synced before.
+        let flushed = self.db.flush().map_err(|error| sled_refused(&error));
+        flushed.map_err(|error| Failure { error, cache_suspect: false })?;
         failpoint::reach(Failpoint::GroupAfterFlush);
-        self.log.sync_data().map_err(|error| StoreError::Failed(error.to_string()))?;
+        let synced = self.log.sync().map_err(|error| refused(&error));
+        synced.map_err(|error| Failure { error, cache_suspect: true })?;
         failpoint::reach(Failpoint::GroupAfterSync);
         let micros = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
         self.stats.sync_micros.fetch_add(micros, Ordering::Relaxed);
         Ok(())
     }
+}
+
+fn suspect(what: String) -> Failure {
+    Failure { error: StoreError::Failed(what), cache_suspect: true }
 }

@@ -42,6 +42,9 @@ pub enum StoreError {
     /// The disk said no. The volume is quarantined: nothing is written to it any more.
     #[error("the volume failed and is quarantined: {0}")]
     Failed(String),
+    /// There is no room. The volume is quarantined until there is.
+    #[error("the disk is full")]
+    DiskFull,
     /// A newer incarnation owns the number.
     #[error("fenced: a newer incarnation owns the number")]
     Fenced,

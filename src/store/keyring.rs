@@ -77,7 +77,7 @@ fn secret(bytes: &[u8]) -> Result<SecretBytes, OpenError> {
 
 /// The format the directory says it has; `None` when it is new.
 fn settings(volume: &Volume) -> Result<Option<Settings>, StoreError> {
-    let Some(stored) = volume.get(SETTINGS)? else { return Ok(None) };
+    let Some(stored) = volume.db()?.get(SETTINGS)? else { return Ok(None) };
     serde_json::from_slice(&stored).map(Some).map_err(|_| StoreError::Corrupt("settings".to_owned()))
 }
 
@@ -114,7 +114,7 @@ pub(super) fn open(volume: &Volume, master_file: &std::path::Path, random: &Arc<
     let (meta, hash_secret) = both.split_at(both.len().min(KEY_BYTES));
     let (meta, hash_secret) = (Sealer::new(&*secret(meta)?), Arc::new(secret(hash_secret)?));
     let mut numbers = HashMap::new();
-    for (row, value) in volume.scan(&[DATA_KEY], &[DATA_KEY + 1], false, super::meta::ROWS_MAX)? {
+    for (row, value) in volume.db()?.scan(&[DATA_KEY], &[DATA_KEY + 1], false, super::meta::ROWS_MAX)? {
         let id = row[1..].try_into().map_err(|_| StoreError::Corrupt("key of a number".to_owned()))?;
         let number = NumberId(u64::from_be_bytes(id));
         let (key, older) =

@@ -2,17 +2,20 @@
 //! the numbers that live in it.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::committer::{CommitterStats, RawOp, Request};
+use super::committer::RawOp;
+use super::disk::{Disk, SystemDisk};
 use super::error::{OpenError, StoreError};
-use super::key::{Tag, full_key};
+use super::mender::{Mender, Patients, Room};
 use super::meta::{Erasure, Meta};
 use super::number_store::NumberStore;
-use super::volume::Volume;
-use crate::domain::id::{Epoch, NumberId};
+use super::volume::{Volume, VolumeSettings, VolumeStats};
+use crate::domain::id::NumberId;
+use crate::telemetry::clock::{Clock, SystemClock};
 use crate::telemetry::rng::Random;
 
 /// Volumes of a new data directory. A number's volume is a stored fact, so more can be added later.
@@ -29,6 +32,9 @@ const ERASE_PAUSE: Duration = Duration::from_millis(10);
 /// The master key file, unless another one is set, below the data directory.
 const MASTER_KEY_FILE: &str = "keys/master.key";
 
+/// Free bytes below which new sends are refused, unless set.
+const LOW_WATER_BYTES: u64 = 512 * 1024 * 1024;
+
 /// What a store is opened with.
 #[derive(Debug, Clone)]
 pub struct StoreSettings {
@@ -36,22 +42,55 @@ pub struct StoreSettings {
     pub dir: PathBuf,
     /// The master key file.
     pub master_key_file: PathBuf,
+    /// Free bytes below which new sends are refused.
+    pub low_water_bytes: u64,
     /// For keys and nonces.
     pub random: Arc<Random>,
+    /// For pauses.
+    pub clock: Arc<dyn Clock>,
+    pub(super) disk: Arc<dyn Disk>,
 }
 
 impl StoreSettings {
-    /// Everything in one directory.
+    /// Everything in one directory, on the system's disk and clock.
     #[must_use]
     pub fn at(dir: &Path, random: Arc<Random>) -> Self {
-        Self { dir: dir.to_owned(), master_key_file: dir.join(MASTER_KEY_FILE), random }
+        Self {
+            dir: dir.to_owned(),
+            master_key_file: dir.join(MASTER_KEY_FILE),
+            low_water_bytes: LOW_WATER_BYTES,
+            random,
+            clock: Arc::new(SystemClock::new()),
+            disk: Arc::new(SystemDisk),
+        }
     }
+
+    pub(super) fn volume(&self, name: &str, cache_bytes: u64) -> Volume {
+        let (path, disk) = (self.dir.join(name), self.disk.clone());
+        Volume::new(VolumeSettings { name: name.to_owned(), path, cache_bytes, disk })
+    }
+}
+
+/// One volume, or `meta`, as an operator sees it.
+#[derive(Debug, Clone)]
+pub struct VolumeReport {
+    /// Its name, which is its directory's.
+    pub name: String,
+    /// Why it is quarantined, if it is.
+    pub failure: Option<StoreError>,
+    /// Its figures.
+    pub stats: Arc<VolumeStats>,
+    /// What its files take, in bytes.
+    pub disk_bytes: u64,
 }
 
 /// Everything on disk.
 pub struct Store {
     meta: Arc<Meta>,
-    volumes: Vec<Result<Arc<Volume>, StoreError>>,
+    /// `meta`'s, then the numbers'.
+    volumes: Vec<Arc<Volume>>,
+    room: Arc<Room>,
+    mender: Mender,
     _lock: File,
 }
 
@@ -83,18 +122,23 @@ impl Store {
     pub fn open(settings: &StoreSettings) -> Result<Self, OpenError> {
         let dir = settings.dir.as_path();
         let lock = lock(dir)?;
-        let meta = Volume::open("meta", &dir.join("meta"), META_CACHE_BYTES)?;
-        let meta = Meta::open(meta, &settings.master_key_file, &settings.random)?;
-        let mut volumes = Vec::with_capacity(usize::from(VOLUMES));
+        let meta_volume = Arc::new(settings.volume("meta", META_CACHE_BYTES));
+        let meta = Meta::open(meta_volume.clone(), &settings.master_key_file, &settings.random)?;
+        let mut volumes = vec![meta_volume];
         for index in 0..VOLUMES {
-            let name = format!("volume-{index:02}");
-            let opened = Volume::open(&name, &dir.join(&name), VOLUME_CACHE_BYTES);
-            if let Err(error) = &opened {
-                tracing::error!(volume = index, %error, "volume quarantined: its numbers are not served");
-            }
-            volumes.push(opened.map(Arc::new));
+            volumes.push(Arc::new(settings.volume(&format!("volume-{index:02}"), VOLUME_CACHE_BYTES)));
         }
-        Ok(Self { meta: Arc::new(meta), volumes, _lock: lock })
+        let room = Arc::new(Room::default());
+        let patients = Patients {
+            dir: dir.to_owned(),
+            volumes: volumes.clone(),
+            disk: settings.disk.clone(),
+            clock: settings.clock.clone(),
+            room: room.clone(),
+            low_water: settings.low_water_bytes,
+        };
+        let mender = Mender::start(patients).map_err(|error| OpenError::Io { path: dir.to_owned(), error })?;
+        Ok(Self { meta: Arc::new(meta), volumes, room, mender, _lock: lock })
     }
 
     /// Leaves only the newest master key in the file: for a data directory that no daemon holds. Gives how many went.
@@ -103,7 +147,7 @@ impl Store {
     /// Also when something is still wrapped under an older one: the daemon has not started since the rotation.
     pub fn drop_older_masters(settings: &StoreSettings) -> Result<usize, OpenError> {
         let _lock = lock(&settings.dir)?;
-        let meta = Volume::open("meta", &settings.dir.join("meta"), META_CACHE_BYTES)?;
+        let meta = settings.volume("meta", META_CACHE_BYTES);
         Meta::drop_older_masters(&meta, &settings.master_key_file, &settings.random)
     }
 
@@ -114,11 +158,7 @@ impl Store {
     }
 
     fn volume(&self, index: u8) -> Result<&Arc<Volume>, StoreError> {
-        match self.volumes.get(usize::from(index)) {
-            Some(Ok(volume)) => Ok(volume),
-            Some(Err(error)) => Err(error.clone()),
-            None => Err(StoreError::Corrupt(format!("no volume {index}"))),
-        }
+        self.volumes.get(usize::from(index) + 1).ok_or_else(|| StoreError::Corrupt(format!("no volume {index}")))
     }
 
     /// Takes over a number: the next epoch is durable before this returns, and every older handle is fenced.
@@ -126,28 +166,19 @@ impl Store {
     /// # Errors
     /// `Erased` when the number was deleted, else when its volume failed.
     pub async fn claim(&self, number: NumberId, volume: u8) -> Result<NumberStore, StoreError> {
-        let volume = self.volume(volume)?.clone();
-        let keys = self.meta.keys_for(number)?;
-        let key = full_key(number, Tag::Epoch, &[]);
-        let previous = match volume.get(&key)?.as_deref() {
-            None => 0,
-            Some(bytes) => {
-                bytes.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Corrupt("epoch".to_owned()))?
+        let db = self.volume(volume)?.db()?;
+        NumberStore::claim(number, self.meta.keys_for(number)?, db, self.room.clone()).await
+    }
+
+    /// Returns when the volume is open: at once, or as soon as its disk works again.
+    pub async fn volume_opened(&self, volume: u8) {
+        let Ok(volume) = self.volume(volume) else { return };
+        let mut opened = volume.watch();
+        while volume.failure().is_some() {
+            if opened.changed().await.is_err() {
+                return;
             }
-        };
-        let epoch = Epoch(previous + 1);
-        let (answer, done) = tokio::sync::oneshot::channel();
-        volume.submit(Request {
-            bytes: 32,
-            ops: vec![RawOp::Put(key, epoch.0.to_be_bytes().to_vec())],
-            checks: Vec::new(),
-            durable: true,
-            done: Box::new(move |outcome| {
-                let _ = answer.send(outcome);
-            }),
-        });
-        done.await.unwrap_or(Err(StoreError::Closed))?;
-        Ok(NumberStore::open(number, epoch, keys, volume))
+        }
     }
 
     /// Removes the records of a deleted number, in paced batches, and then the note that they are to be removed: a
@@ -157,21 +188,15 @@ impl Store {
     /// # Errors
     /// When the number's volume, or `meta`, failed.
     pub async fn erase(&self, erasure: Erasure) -> Result<(), StoreError> {
-        let volume = self.volume(erasure.volume)?.clone();
+        let db = self.volume(erasure.volume)?.db()?;
         let from = erasure.number.0.to_be_bytes().to_vec();
         let to = super::key::after_prefix(&from).unwrap_or_else(|| vec![u8::MAX; 9]);
         loop {
-            let rows = volume.scan(&from, &to, false, ERASE_ROWS)?;
+            let rows = db.scan(&from, &to, false, ERASE_ROWS)?;
             if rows.is_empty() {
                 return self.meta.erased(erasure.number).await;
             }
-            let ops = rows.into_iter().map(|(key, _)| RawOp::Delete(key)).collect();
-            let (answer, done) = tokio::sync::oneshot::channel();
-            let done_box = Box::new(move |outcome| {
-                let _ = answer.send(outcome);
-            });
-            volume.submit(Request { ops, checks: Vec::new(), bytes: 0, durable: true, done: done_box });
-            done.await.unwrap_or(Err(StoreError::Closed))?;
+            db.write(rows.into_iter().map(|(key, _)| RawOp::Delete(key)).collect()).await?;
             tokio::time::sleep(ERASE_PAUSE).await;
         }
     }
@@ -180,33 +205,41 @@ impl Store {
     #[must_use]
     pub fn roomiest_volume(&self) -> u8 {
         let counts = self.meta.numbers_per_volume(VOLUMES);
-        let usable = (0..VOLUMES).filter(|index| self.volume(*index).is_ok_and(|volume| !volume.is_failed()));
+        let usable = (0..VOLUMES).filter(|index| self.volume(*index).is_ok_and(|volume| volume.failure().is_none()));
         usable.min_by_key(|index| counts[usize::from(*index)]).unwrap_or(0)
     }
 
-    /// Committer figures by volume name.
+    /// Every volume as an operator sees it, `meta` first. Asks the file system for sizes.
     #[must_use]
-    pub fn stats(&self) -> Vec<(String, Arc<CommitterStats>)> {
-        let mut all = vec![("meta".to_owned(), self.meta.stats())];
-        for (index, volume) in self.volumes.iter().enumerate() {
-            if let Ok(volume) = volume {
-                all.push((format!("volume-{index:02}"), volume.stats()));
-            }
-        }
-        all
+    pub fn report(&self) -> Vec<VolumeReport> {
+        let report = |volume: &Arc<Volume>| VolumeReport {
+            name: volume.name().to_owned(),
+            failure: volume.failure().map(|failure| failure.error),
+            stats: volume.stats().clone(),
+            disk_bytes: size_of(volume.path()),
+        };
+        self.volumes.iter().map(report).collect()
     }
 
-    /// Whether a volume failed or never opened.
+    /// Room on the file system of the data directory.
     #[must_use]
-    pub fn has_failed_volume(&self) -> bool {
-        self.volumes.iter().any(|volume| volume.as_ref().map_or(true, |volume| volume.is_failed()))
+    pub fn room(&self) -> &Room {
+        &self.room
     }
 
     /// Writes what is queued, syncs and stops the committers. Blocks on the disk.
     pub fn close(&self) {
-        for volume in self.volumes.iter().flatten() {
+        self.mender.stop();
+        // `meta` last: it knows of everything that the others hold.
+        for volume in self.volumes.iter().rev() {
             volume.close();
         }
-        self.meta.close();
     }
+}
+
+/// Bytes the files of a directory take on disk.
+fn size_of(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    let sizes = entries.flatten().filter_map(|entry| entry.metadata().ok());
+    sizes.map(|file| file.blocks() * 512).sum()
 }

@@ -8,10 +8,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::Mutex;
 
 use super::chunk::WHOLE;
-use super::committer::{CommitterStats, RawOp, Request};
+use super::committer::RawOp;
 use super::error::{OpenError, StoreError};
 use super::keyring::{self, Keyring};
 use super::master::MasterKeyError;
@@ -118,7 +118,7 @@ struct Tables {
 
 /// The control plane's records.
 pub struct Meta {
-    volume: Volume,
+    volume: Arc<Volume>,
     keyring: Keyring,
     tables: RwLock<Tables>,
     /// One change at a time, so that uniqueness is decided once.
@@ -159,11 +159,11 @@ fn decode<T: DeserializeOwned>(key: &[u8], sealed: &[u8], sealer: &Sealer) -> Re
 }
 
 impl Meta {
-    pub(super) fn open(volume: Volume, master_file: &Path, random: &Arc<Random>) -> Result<Self, OpenError> {
+    pub(super) fn open(volume: Arc<Volume>, master_file: &Path, random: &Arc<Random>) -> Result<Self, OpenError> {
         let keyring::Opened { keyring, numbers, to_wrap_again } = keyring::open(&volume, master_file, random)?;
         keyring::wrap_again(&volume, to_wrap_again, &keyring.newest_master())?;
         let mut tables = Tables { sealers: numbers, ..Tables::default() };
-        for (key, value) in volume.scan(&[], &[u8::MAX], false, ROWS_MAX)? {
+        for (key, value) in volume.db()?.scan(&[], &[u8::MAX], false, ROWS_MAX)? {
             tables.read(&key, &value, &keyring.meta)?;
         }
         Ok(Self { volume, keyring, tables: RwLock::new(tables), writer: Mutex::new(()) })
@@ -199,12 +199,7 @@ impl Meta {
     }
 
     async fn write(&self, ops: Vec<RawOp>) -> Result<(), StoreError> {
-        let (answer, done) = oneshot::channel();
-        let done_box = Box::new(move |outcome| {
-            let _ = answer.send(outcome);
-        });
-        self.volume.submit(Request { ops, checks: Vec::new(), bytes: 0, durable: true, done: done_box });
-        done.await.unwrap_or(Err(StoreError::Closed))
+        self.volume.db()?.write(ops).await
     }
 
     /// Stores a tenant.
@@ -368,14 +363,6 @@ impl Meta {
         let mut keys: Vec<_> = tables.keys.values().filter(|key| key.subject == subject).cloned().collect();
         keys.sort_by_key(|key| key.created_at);
         keys
-    }
-
-    pub(super) fn stats(&self) -> Arc<CommitterStats> {
-        self.volume.stats()
-    }
-
-    pub(super) fn close(&self) {
-        self.volume.close();
     }
 }
 

@@ -3,11 +3,13 @@
 
 mod chunk;
 mod committer;
+mod disk;
 pub mod error;
 pub mod key;
 mod keyring;
 pub mod layout;
 pub mod master;
+pub mod mender;
 pub mod meta;
 pub mod number_store;
 mod open;

@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::oneshot;
 
 use super::chunk;
-use super::committer::{RawCheck, RawOp, Request};
+use super::committer::{Answer, RawCheck, RawOp, Request};
 use super::error::StoreError;
 use super::key::{Tag, after_prefix, full_key, hashed};
+use super::mender::Room;
 use super::seal::{Sealer, SecretBytes};
 use super::unit::{Check, Durability, Op, Unit};
-use super::volume::Volume;
+use super::volume::OpenDb;
 use crate::domain::id::{Epoch, NumberId};
 use crate::telemetry::rng::Random;
 
@@ -38,7 +39,8 @@ struct Inner {
     number: NumberId,
     epoch: Epoch,
     keys: NumberKeys,
-    volume: Arc<Volume>,
+    db: Arc<OpenDb>,
+    room: Arc<Room>,
     poisoned: AtomicBool,
 }
 
@@ -56,8 +58,27 @@ impl std::fmt::Debug for NumberStore {
 }
 
 impl NumberStore {
-    pub(super) fn open(number: NumberId, epoch: Epoch, keys: NumberKeys, volume: Arc<Volume>) -> Self {
-        Self { inner: Arc::new(Inner { number, epoch, keys, volume, poisoned: AtomicBool::new(false) }) }
+    pub(super) fn open(number: NumberId, epoch: Epoch, keys: NumberKeys, db: Arc<OpenDb>, room: Arc<Room>) -> Self {
+        Self { inner: Arc::new(Inner { number, epoch, keys, db, room, poisoned: AtomicBool::new(false) }) }
+    }
+
+    /// Takes over a number: the next epoch is durable before this returns, and every older handle is fenced.
+    pub(super) async fn claim(
+        number: NumberId,
+        keys: NumberKeys,
+        db: Arc<OpenDb>,
+        room: Arc<Room>,
+    ) -> Result<Self, StoreError> {
+        let key = full_key(number, Tag::Epoch, &[]);
+        let previous = match db.get(&key)?.as_deref() {
+            None => 0,
+            Some(bytes) => {
+                bytes.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Corrupt("epoch".to_owned()))?
+            }
+        };
+        let epoch = Epoch(previous + 1);
+        db.write(vec![RawOp::Put(key, epoch.0.to_be_bytes().to_vec())]).await?;
+        Ok(Self::open(number, epoch, keys, db, room))
     }
 
     /// Whose store it is.
@@ -75,7 +96,13 @@ impl NumberStore {
     /// Whether a durable write failed; the owner must drop everything and open again.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
-        self.inner.poisoned.load(Ordering::Acquire) || self.inner.volume.is_failed()
+        self.inner.poisoned.load(Ordering::Acquire) || self.inner.db.failure().is_some()
+    }
+
+    /// Whether the disk has room for new sends.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.inner.room.is_enough()
     }
 
     /// Refuses every later write, as after a failed one.
@@ -96,12 +123,12 @@ impl NumberStore {
     // Async although sled answers at once: a shared database would not.
     #[expect(clippy::unused_async, reason = "the seam is async for stores that are not local")]
     pub async fn get(&self, tag: Tag, rest: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        let volume = &self.inner.volume;
-        let Some(stored) = volume.get(&full_key(self.inner.number, tag, rest))? else {
+        let db = &self.inner.db;
+        let Some(stored) = db.get(&full_key(self.inner.number, tag, rest))? else {
             return Ok(None);
         };
         let sealer = &self.inner.keys.sealer;
-        chunk::decode(self.inner.number, tag, rest, &stored, sealer, |key| volume.get(key)).map(Some)
+        chunk::decode(self.inner.number, tag, rest, &stored, sealer, |key| db.get(key)).map(Some)
     }
 
     /// Records of one family whose key starts with `prefix`, as (rest of the key after the tag, value).
@@ -123,12 +150,12 @@ impl NumberStore {
         let Some((low, high)) = self.range(tag, prefix, from, order) else {
             return Ok(Vec::new());
         };
-        let volume = &self.inner.volume;
-        let rows = volume.scan(&low, &high, order == Order::Descending, limit.min(SCAN_ROWS_MAX))?;
+        let db = &self.inner.db;
+        let rows = db.scan(&low, &high, order == Order::Descending, limit.min(SCAN_ROWS_MAX))?;
         let mut decoded = Vec::with_capacity(rows.len());
         for (key, stored) in rows {
             let rest = key[9..].to_vec();
-            let value = chunk::decode(number, tag, &rest, &stored, &self.inner.keys.sealer, |key| volume.get(key))?;
+            let value = chunk::decode(number, tag, &rest, &stored, &self.inner.keys.sealer, |key| db.get(key))?;
             decoded.push((rest, value));
         }
         Ok(decoded)
@@ -151,7 +178,7 @@ impl NumberStore {
         let Some((low, high)) = self.range(tag, prefix, from, order) else {
             return Ok(Vec::new());
         };
-        let keys = self.inner.volume.keys(&low, &high, order == Order::Descending, skip, limit)?;
+        let keys = self.inner.db.keys(&low, &high, order == Order::Descending, skip, limit)?;
         Ok(keys.into_iter().map(|key| key[9..].to_vec()).collect())
     }
 
@@ -186,12 +213,15 @@ impl NumberStore {
     /// Queues a unit and returns at once; `done` runs on the committer thread and must only hand the result on.
     /// Units of one number are applied in the order they were submitted.
     pub fn submit(&self, unit: Unit, done: impl FnOnce(Result<(), StoreError>) + Send + 'static) {
+        if let Some(failure) = self.inner.db.failure() {
+            return done(Err(failure.error.clone()));
+        }
         if self.is_poisoned() {
             return done(Err(StoreError::Failed("the number's store is poisoned".to_owned())));
         }
         let staged = unit.validate().and_then(|()| self.ops_of(unit.ops));
         match staged {
-            Ok((ops, bytes)) => self.inner.volume.submit(self.request(ops, bytes, unit.checks, unit.durability, done)),
+            Ok((ops, bytes)) => self.inner.db.submit(self.request(ops, bytes, unit.checks, unit.durability, done)),
             Err(error) => done(Err(error)),
         }
     }
@@ -251,7 +281,7 @@ impl NumberStore {
             checks,
             bytes,
             durable,
-            done: Box::new(move |outcome| {
+            done: Answer::to(move |outcome| {
                 let harmless = match &outcome {
                     Ok(()) | Err(StoreError::Conflict) => true,
                     Err(StoreError::Busy) => !durable,

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use super::disk::{Disk, LOG_FILE, Log, refused, sled_refused};
 use super::error::StoreError;
 
 /// sled's file cannot be larger than this per record without side files; see `chunk`.
@@ -43,6 +44,10 @@ fn copy_aside(path: &Path) -> std::io::Result<()> {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".damaged");
     let aside = Path::new(&aside);
+    if aside.exists() {
+        // What was found first is what somebody will want to look at.
+        return Ok(());
+    }
     fs::create_dir_all(aside)?;
     for entry in fs::read_dir(path)? {
         let entry = entry?;
@@ -53,17 +58,22 @@ fn copy_aside(path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn try_open(path: &Path, cache_bytes: u64) -> Result<sled::Db, String> {
+fn try_open(path: &Path, cache_bytes: u64) -> Result<(sled::Db, sled::Tree), StoreError> {
+    let open = || {
+        let db = config(path, cache_bytes).open()?;
+        let tree = db.open_tree("d")?;
+        db.flush()?;
+        Ok((db, tree))
+    };
     // sled panics on some damaged logs; a panic here must cost one volume, not the process.
-    match catch_unwind(AssertUnwindSafe(|| config(path, cache_bytes).open())) {
-        Ok(Ok(db)) => Ok(db),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err("the log is damaged (panic while opening)".to_owned()),
+    match catch_unwind(AssertUnwindSafe(open)) {
+        Ok(opened) => opened.map_err(|error| sled_refused(&error)),
+        Err(_) => Err(StoreError::Failed("the log is damaged (panic while opening)".to_owned())),
     }
 }
 
 fn sync_new_files(path: &Path) -> std::io::Result<()> {
-    for name in ["conf", "db"] {
+    for name in ["conf", LOG_FILE] {
         File::open(path.join(name))?.sync_all()?;
     }
     File::open(path)?.sync_all()?;
@@ -73,24 +83,31 @@ fn sync_new_files(path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Opens or creates the Db at `path` and a handle for syncing its log.
+/// Opens or creates the Db at `path`, with its one tree and the handle that makes its log durable.
 ///
 /// # Errors
-/// `Failed` when it cannot be opened, also not without its checkpoints; the damaged files were copied beside it.
-pub(super) fn open(path: &Path, cache_bytes: u64) -> Result<(sled::Db, File), StoreError> {
-    let failed = |step: &str, error: &dyn std::fmt::Display| StoreError::Failed(format!("{step}: {error}"));
-    fs::create_dir_all(path).map_err(|error| failed("create directory", &error))?;
-    remove_checkpoints(path, true).map_err(|error| failed("remove unfinished checkpoint", &error))?;
-    let db = match try_open(path, cache_bytes) {
-        Ok(db) => db,
+/// `DiskFull`, which leaves everything as it was, or `Failed` when it cannot be opened, also not without its
+/// checkpoints; the damaged files were copied beside it.
+pub(super) fn open(
+    path: &Path,
+    cache_bytes: u64,
+    disk: &dyn Disk,
+) -> Result<(sled::Db, sled::Tree, Box<dyn Log>), StoreError> {
+    let io = |error| refused(&error);
+    fs::create_dir_all(path).map_err(io)?;
+    remove_checkpoints(path, true).map_err(io)?;
+    let (db, tree) = match try_open(path, cache_bytes) {
+        Ok(opened) => opened,
+        Err(StoreError::DiskFull) => return Err(StoreError::DiskFull),
         Err(first) => {
             tracing::error!(error = %first, "volume does not open, trying without its checkpoints");
-            copy_aside(path).map_err(|error| failed("copy aside", &error))?;
-            remove_checkpoints(path, false).map_err(|error| failed("remove checkpoints", &error))?;
-            try_open(path, cache_bytes).map_err(StoreError::Failed)?
+            copy_aside(path).map_err(io)?;
+            remove_checkpoints(path, false).map_err(io)?;
+            try_open(path, cache_bytes)?
         }
     };
-    sync_new_files(path).map_err(|error| failed("sync", &error))?;
-    let log = File::open(path.join("db")).map_err(|error| failed("open log", &error))?;
-    Ok((db, log))
+    sync_new_files(path).map_err(io)?;
+    let mut log = disk.log(path).map_err(io)?;
+    log.sync().map_err(io)?;
+    Ok((db, tree, log))
 }

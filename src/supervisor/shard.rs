@@ -16,7 +16,8 @@ use crate::domain::time::Timestamp;
 use crate::number::actor::{Arguments, NumberActor};
 use crate::number::environment::Environment;
 use crate::number::handle::NumberHandle;
-use crate::number::message::NumberMessage;
+use crate::number::message::{NumberMessage, StoreLost};
+use crate::store::error::StoreError;
 use crate::telemetry::backoff::Backoff;
 use crate::telemetry::metrics::{self, RestartCause};
 
@@ -24,6 +25,10 @@ use crate::telemetry::metrics::{self, RestartCause};
 const WATCHDOG_EVERY: Duration = Duration::from_secs(15);
 /// No sign of life for this long is a crash.
 const WATCHDOG_PATIENCE: Duration = Duration::from_secs(45);
+/// Numbers that lost their store start again within this time after their volume was opened.
+const REOPENED_SPREAD: Duration = Duration::from_secs(3);
+/// And never sooner than this after the loss.
+const REOPENED_REST: Duration = Duration::from_millis(250);
 /// How long a number may take to stop before it is killed.
 const STOP_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -163,6 +168,10 @@ impl Actor for Shard {
                 drop(old_state);
                 (cell.get_id(), if killed { Ended::Crashed(RestartCause::Hang) } else { Ended::Normally })
             }
+            SupervisionEvent::ActorFailed(cell, error) if error.is::<StoreLost>() => {
+                let lost = error.downcast::<StoreLost>().map_or(StoreLost(StoreError::Closed), |lost| *lost);
+                (cell.get_id(), Ended::StoreLost(lost))
+            }
             SupervisionEvent::ActorFailed(cell, error) => {
                 let panicked = error.to_string().contains("panic");
                 (cell.get_id(), Ended::Crashed(if panicked { RestartCause::Panic } else { RestartCause::Error }))
@@ -174,10 +183,12 @@ impl Actor for Shard {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Ended {
     Normally,
     Crashed(RestartCause),
+    /// The disk failed, not the number.
+    StoreLost(StoreLost),
 }
 
 impl ShardState {
@@ -228,7 +239,8 @@ impl ShardState {
             child.member.handle.set_live(None);
             match ended {
                 Ended::Crashed(cause) if !self.stopping => self.crashed(number, cause, myself),
-                Ended::Crashed(_) | Ended::Normally => {
+                Ended::StoreLost(lost) if !self.stopping => self.store_lost(number, &lost, myself),
+                Ended::Crashed(_) | Ended::StoreLost(_) | Ended::Normally => {
                     self.children.remove(&number);
                 }
             }
@@ -270,6 +282,27 @@ impl ShardState {
         let (generation, myself) = (child.generation, myself.clone());
         self.timers.spawn(async move {
             tokio::time::sleep(pause).await;
+            let _ = myself.cast(ShardMessage::Restart(number, generation));
+        });
+    }
+
+    /// The number waits for its volume and starts again when that is open. This costs nothing of its restart budget.
+    fn store_lost(&mut self, number: NumberId, lost: &StoreLost, myself: &ActorRef<ShardMessage>) {
+        let now = self.environment.clock.now();
+        let Some(child) = self.children.get_mut(&number) else { return };
+        child.status = Status::Waiting;
+        child.generation += 1;
+        child.member.handle.set_lost(lost);
+        // Numbers of one volume come back spread over a few seconds.
+        let spread = REOPENED_SPREAD.mul_f64(self.environment.random.share()) + REOPENED_REST;
+        show(&child.member.handle, State::Offline { retry_at: now.after(spread) }, lost.code(), now);
+        tracing::debug!(%number, %lost, "number waits for its volume");
+        let (generation, volume) = (child.generation, child.member.volume);
+        let (store, myself) = (self.environment.store.clone(), myself.clone());
+        self.timers.spawn(async move {
+            tokio::time::sleep(REOPENED_REST).await;
+            store.volume_opened(volume).await;
+            tokio::time::sleep(spread - REOPENED_REST).await;
             let _ = myself.cast(ShardMessage::Restart(number, generation));
         });
     }

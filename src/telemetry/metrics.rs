@@ -32,6 +32,13 @@ const COMMITTER_GROUPS_TOTAL: &str = "switchboard_committer_groups_total";
 const COMMITTER_UNITS_TOTAL: &str = "switchboard_committer_units_total";
 const COMMITTER_SYNC_SECONDS: &str = "switchboard_committer_sync_seconds";
 const VOLUMES_FAILED: &str = "switchboard_volumes_failed";
+const STORE_OPEN: &str = "switchboard_store_open";
+const STORE_FAILURES_TOTAL: &str = "switchboard_store_failures_total";
+const STORE_REOPENED_TOTAL: &str = "switchboard_store_reopened_total";
+const STORE_DISK_BYTES: &str = "switchboard_store_disk_bytes";
+const STORE_FREE_BYTES: &str = "switchboard_store_free_bytes";
+const STORE_USED_RATIO: &str = "switchboard_store_used_ratio";
+const STORE_LOW_SPACE: &str = "switchboard_store_low_space";
 const ERASURES_WAITING: &str = "switchboard_erasures_waiting";
 const BUILD_INFO: &str = "switchboard_build_info";
 
@@ -108,6 +115,13 @@ fn describe() {
     describe_counter!(COMMITTER_UNITS_TOTAL, "Units written, by volume");
     describe_gauge!(COMMITTER_SYNC_SECONDS, "Time spent in flush and fdatasync since the start, by volume");
     describe_gauge!(VOLUMES_FAILED, "Volumes that failed or did not open");
+    describe_gauge!(STORE_OPEN, "1 while the volume works, 0 while it is quarantined");
+    describe_counter!(STORE_FAILURES_TOTAL, "Failures of the disk, by volume");
+    describe_counter!(STORE_REOPENED_TOTAL, "Volumes opened again after a failure of their disk");
+    describe_gauge!(STORE_DISK_BYTES, "What the volume's files take");
+    describe_gauge!(STORE_FREE_BYTES, "Room on the file system of the data directory");
+    describe_gauge!(STORE_USED_RATIO, "Used share of that file system, 0 to 1");
+    describe_gauge!(STORE_LOW_SPACE, "1 while new sends are refused because the disk is nearly full");
     describe_gauge!(ERASURES_WAITING, "Deleted numbers whose unreadable records are still to be removed");
     describe_gauge!(BUILD_INFO, "Always 1; the labels say which build this is");
 }
@@ -244,9 +258,9 @@ pub fn panicked() {
     counter!(PANICS_TOTAL).increment(1);
 }
 
-/// Figures of one committer. Totals are absolute: pass what the committer counted since its start.
+/// Figures of one volume. Totals are absolute: pass what was counted since the start.
 #[derive(Debug, Clone, Copy)]
-pub struct CommitterFigures {
+pub struct VolumeFigures {
     /// Units waiting.
     pub queued: u64,
     /// Groups written.
@@ -255,14 +269,34 @@ pub struct CommitterFigures {
     pub units: u64,
     /// Time in flush and fdatasync.
     pub sync: Duration,
+    /// Whether it works.
+    pub open: bool,
+    /// Failures of its disk.
+    pub failures: u64,
+    /// How often it was opened again.
+    pub reopened: u64,
+    /// What its files take.
+    pub disk_bytes: u64,
 }
 
-/// Shows a committer's figures; call it before a render. There are as many volumes as the store opened.
-pub fn committer(volume: &str, figures: CommitterFigures) {
+/// Shows a volume's figures; call it before a render. There are as many volumes as the store has.
+pub fn volume(volume: &str, figures: VolumeFigures) {
     gauge!(COMMITTER_QUEUED, "volume" => volume.to_owned()).set(figures.queued as f64);
     counter!(COMMITTER_GROUPS_TOTAL, "volume" => volume.to_owned()).absolute(figures.groups);
     counter!(COMMITTER_UNITS_TOTAL, "volume" => volume.to_owned()).absolute(figures.units);
     gauge!(COMMITTER_SYNC_SECONDS, "volume" => volume.to_owned()).set(figures.sync.as_secs_f64());
+    gauge!(STORE_OPEN, "volume" => volume.to_owned()).set(f64::from(u8::from(figures.open)));
+    counter!(STORE_FAILURES_TOTAL, "volume" => volume.to_owned()).absolute(figures.failures);
+    counter!(STORE_REOPENED_TOTAL, "volume" => volume.to_owned()).absolute(figures.reopened);
+    gauge!(STORE_DISK_BYTES, "volume" => volume.to_owned()).set(figures.disk_bytes as f64);
+}
+
+/// Room on the file system of the data directory, in bytes, and whether new sends are refused for it.
+pub fn room(free: u64, total: u64, low: bool) {
+    gauge!(STORE_FREE_BYTES).set(free as f64);
+    let used = if total == 0 { 0.0 } else { 1.0 - free as f64 / total as f64 };
+    gauge!(STORE_USED_RATIO).set(used);
+    gauge!(STORE_LOW_SPACE).set(f64::from(u8::from(low)));
 }
 
 /// How many volumes failed or did not open.
@@ -287,7 +321,11 @@ mod tests {
         inbound_durable(Duration::from_millis(4));
         webhook_attempt("delivered", Duration::from_millis(20));
         api_request(Protocol::Grpc, "SendMessage", "OK", Duration::from_millis(2));
-        committer("volume-00", CommitterFigures { queued: 1, groups: 2, units: 3, sync: Duration::from_millis(1_500) });
+        let sync = Duration::from_millis(1_500);
+        let figures =
+            VolumeFigures { queued: 1, groups: 2, units: 3, sync, open: true, failures: 0, reopened: 0, disk_bytes: 9 };
+        volume("volume-00", figures);
+        room(25, 100, true);
         exposition.upkeep();
         let text = Exposition::install().unwrap().render();
         assert!(!text.contains(" summary"), "a summary: {text}");
@@ -297,6 +335,7 @@ mod tests {
             "switchboard_accept_seconds_bucket{le=\"0.005\"} 1",
             "switchboard_webhook_attempts_total{outcome=\"delivered\"} 1",
             "switchboard_committer_sync_seconds{volume=\"volume-00\"} 1.5",
+            "switchboard_store_used_ratio 0.75",
             "switchboard_build_info{",
         ] {
             assert!(text.contains(expected), "{expected} not in {text}");

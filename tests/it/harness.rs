@@ -84,6 +84,14 @@ impl Daemon {
         Self { child, api: address("api"), admin: address("admin") }
     }
 
+    /// Largest file the daemon may write from now on; `None` lifts the limit.
+    pub(crate) fn limit_files(&self, bytes: Option<u64>) {
+        use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+        let most = getrlimit(Resource::Fsize).maximum;
+        let pid = Pid::from_raw(self.child.id().cast_signed());
+        prlimit(pid, Resource::Fsize, Rlimit { current: bytes.or(most), maximum: most }).unwrap();
+    }
+
     /// SIGKILL: no goodbye.
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();

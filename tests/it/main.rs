@@ -16,6 +16,7 @@
 
 mod contract;
 mod demo;
+mod disk;
 mod failures;
 mod harness;
 mod isolation;

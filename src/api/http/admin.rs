@@ -19,7 +19,7 @@ use crate::store::layout::Store;
 use crate::supervisor::fleet::Fleet;
 use crate::telemetry::clock::Clock;
 use crate::telemetry::collector;
-use crate::telemetry::metrics::{self, CommitterFigures, Exposition};
+use crate::telemetry::metrics::{self, Exposition, VolumeFigures};
 
 const METRICS_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// How long the supervisor may take to answer a probe.
@@ -67,16 +67,24 @@ async fn scrape(State(admin): State<Arc<Admin>>) -> Response {
 impl Admin {
     fn render(&self) -> String {
         let parts = &self.parts;
-        for (volume, stats) in parts.store.stats() {
-            let figures = CommitterFigures {
-                queued: stats.queued.load(Relaxed),
-                groups: stats.groups.load(Relaxed),
-                units: stats.units.load(Relaxed),
-                sync: Duration::from_micros(stats.sync_micros.load(Relaxed)),
+        let report = parts.store.report();
+        for volume in &report {
+            let (stats, committer) = (&volume.stats, &volume.stats.committer);
+            let figures = VolumeFigures {
+                queued: committer.queued.load(Relaxed),
+                groups: committer.groups.load(Relaxed),
+                units: committer.units.load(Relaxed),
+                sync: Duration::from_micros(committer.sync_micros.load(Relaxed)),
+                open: volume.failure.is_none(),
+                failures: stats.failures.load(Relaxed),
+                reopened: stats.reopened.load(Relaxed),
+                disk_bytes: volume.disk_bytes,
             };
-            metrics::committer(&volume, figures);
+            metrics::volume(&volume.name, figures);
         }
-        metrics::volumes_failed(usize::from(parts.store.has_failed_volume()));
+        metrics::volumes_failed(report.iter().filter(|volume| volume.failure.is_some()).count());
+        let space = parts.store.room().space();
+        metrics::room(space.free, space.total, !parts.store.room().is_enough());
         metrics::erasures_waiting(parts.store.meta().erasures().len());
         let mut text = parts.exposition.render();
         let numbers = parts.fleet.get().map(|fleet| fleet.directory().all()).unwrap_or_default();
@@ -91,8 +99,10 @@ impl Admin {
         if parts.drain.has_begun() {
             return Some("draining");
         }
-        if parts.store.has_failed_volume() {
-            return Some("a volume of the store failed");
+        let report = parts.store.report();
+        // While one volume works its numbers are served, and calls for the others have their typed answer.
+        if report.iter().skip(1).all(|volume| volume.failure.is_some()) {
+            return Some("every volume of the store failed");
         }
         let Some(fleet) = parts.fleet.get() else { return Some("booting") };
         match tokio::time::timeout(PING_PATIENCE, fleet.ping()).await {
@@ -116,9 +126,17 @@ async fn ready(State(admin): State<Arc<Admin>>) -> Response {
         "reason": unready,
         "build": build,
         "version": env!("CARGO_PKG_VERSION"),
+        "store": store_detail(&admin.parts.store),
         "numbers": admin.parts.fleet.get().map(|fleet| fleet.directory().len()),
     });
     (status, Json(body)).into_response()
+}
+
+/// What is wrong with the disk, by volume.
+fn store_detail(store: &Store) -> serde_json::Value {
+    let failed = store.report().into_iter().filter_map(|volume| Some((volume.name, volume.failure?)));
+    let failed: serde_json::Map<_, _> = failed.map(|(name, error)| (name, json!(error.to_string()))).collect();
+    json!({ "failed": failed, "low_space": !store.room().is_enough() })
 }
 
 /// Makes a number's actor panic: for tests of the supervisor.

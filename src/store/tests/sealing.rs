@@ -11,7 +11,6 @@ use crate::store::key::{Tag, full_key};
 use crate::store::layout::Store;
 use crate::store::master::{MasterKeyError, MasterKeys};
 use crate::store::unit::Unit;
-use crate::store::volume::Volume;
 
 const BODY: &[u8] = b"meet me behind the greenhouse at nine";
 
@@ -49,9 +48,9 @@ async fn a_value_cannot_be_moved_to_another_key_or_number() {
     }
     store.close();
     drop(store);
-    let volume = Volume::open("volume-00", &home.dir.join("volume-00"), 1 << 20).unwrap();
+    let volume = home.settings.volume("volume-00", 1 << 20);
     let (one, two) = (NumberId(1), NumberId(2));
-    let stored = |number, tag, rest: &[u8]| volume.get(&full_key(number, tag, rest)).unwrap().unwrap();
+    let stored = |number, tag, rest: &[u8]| volume.db().unwrap().get(&full_key(number, tag, rest)).unwrap().unwrap();
     let piece = [Tag::Session as u8, 1, 0, 0];
     volume
         .write_now(vec![
@@ -107,9 +106,9 @@ async fn a_deleted_number_cannot_be_read_from_the_moment_it_is_deleted() {
     assert!(store.meta().erasures().is_empty());
     store.close();
     drop(store);
-    let volume = Volume::open("volume-00", &home.dir.join("volume-00"), 1 << 20).unwrap();
+    let volume = home.settings.volume("volume-00", 1 << 20);
     let (from, to) = (1u64.to_be_bytes(), 2u64.to_be_bytes());
-    assert!(volume.scan(&from, &to, false, 10).unwrap().is_empty(), "no row is left");
+    assert!(volume.db().unwrap().scan(&from, &to, false, 10).unwrap().is_empty(), "no row is left");
     volume.close();
 }
 
@@ -180,7 +179,7 @@ async fn without_its_master_key_a_directory_does_not_open_and_gets_no_new_one() 
 fn a_directory_of_another_format_is_refused_by_its_number() {
     for (settings, found) in [(r#"{"schema":1,"secret":[]}"#, 1), (r#"{"format":3,"new":{}}"#, 3)] {
         let home = Home::new(&format!("format-{found}"));
-        let meta = Volume::open("meta", &home.dir.join("meta"), 1 << 20).unwrap();
+        let meta = home.settings.volume("meta", 1 << 20);
         meta.write_now(vec![RawOp::Put(b"S".to_vec(), settings.as_bytes().to_vec())]).unwrap();
         meta.close();
         drop(meta);

@@ -1,0 +1,194 @@
+//! A disk that is full, for a daemon that is busy: nothing is acknowledged that is not on disk, callers and operators are
+//! told, and it goes on by itself when there is room again.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use switchboard::api::grpc::proto::{self, NumberState};
+use switchboard::demo::client::OwnedNumber;
+use switchboard::demo::phones::{Phones, call};
+
+use crate::harness::{World, until};
+
+const SHOPS: [&str; 2] = ["15558000001", "15558000002"];
+const CUSTOMER: &str = "15558000099";
+/// Any write of sled's beyond this fails: the log is longer.
+const NO_ROOM: u64 = 64 * 1024;
+
+/// Sends numbered texts, each until it is accepted, and counts what the refusals say.
+struct Load {
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
+    refused: Arc<AtomicUsize>,
+    task: tokio::task::JoinHandle<(Vec<String>, HashSet<String>)>,
+}
+
+fn reason_of(status: &tonic::Status) -> String {
+    use tonic_types::StatusExt as _;
+    let details = status.get_error_details();
+    let reason = details.error_info().map(|info| info.reason.clone()).unwrap_or_default();
+    if reason == "DISK_FULL" {
+        assert_eq!(status.code(), tonic::Code::ResourceExhausted);
+        assert!(details.retry_info().is_some(), "it says when to come again");
+    }
+    reason
+}
+
+impl Load {
+    fn begin(number: OwnedNumber) -> Self {
+        let (stop, accepted) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let refused = Arc::<AtomicUsize>::default();
+        let (stopped, counted, refusals) = (stop.clone(), accepted.clone(), refused.clone());
+        let task = tokio::spawn(async move {
+            let (mut texts, mut reasons) = (Vec::new(), HashSet::new());
+            for index in 0.. {
+                let text = format!("{} line {index}", number.phone);
+                while let Err(status) = number.caller.send_text(CUSTOMER, &text, &text).await {
+                    reasons.insert(reason_of(&status));
+                    refusals.fetch_add(1, Ordering::SeqCst);
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                texts.push(text);
+                counted.fetch_add(1, Ordering::SeqCst);
+                if stopped.load(Ordering::SeqCst) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            (texts, reasons)
+        });
+        Self { stop, accepted, refused, task }
+    }
+}
+
+/// What a phone wrote, told by the number's history.
+async fn received(number: &OwnedNumber) -> Vec<String> {
+    let mut texts = Vec::new();
+    let mut page_token = String::new();
+    loop {
+        let request = proto::ListMessagesRequest { page_size: 100, page_token, ..Default::default() };
+        let page = number.caller.messages().list_messages(request).await.unwrap().into_inner();
+        texts.extend(page.messages.into_iter().map(|message| message.text).filter(|text| text.starts_with("question")));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return texts;
+        }
+    }
+}
+
+async fn write(phones: &Phones, asked: &mut usize, count: usize) {
+    for _ in 0..count {
+        for shop in SHOPS {
+            phones.write(CUSTOMER, shop, &format!("question {asked}")).await.unwrap();
+        }
+        *asked += 1;
+    }
+}
+
+async fn settled(world: &World, numbers: &[OwnedNumber], texts: &[String], asked: usize) {
+    until("everything accepted is shown", async || {
+        let shown = world.phones.shown(CUSTOMER).await.unwrap();
+        let lines: HashSet<_> = shown.iter().filter_map(|message| message["text"].as_str()).collect();
+        texts.iter().all(|text| lines.contains(text.as_str())).then_some(())
+    })
+    .await;
+    let shown = world.phones.shown(CUSTOMER).await.unwrap();
+    for shop in SHOPS {
+        let lines: Vec<_> = shown.iter().filter_map(|message| message["text"].as_str()).collect();
+        let lines: Vec<_> = lines.into_iter().filter(|line| line.starts_with(shop)).collect();
+        let expected: Vec<_> = texts.iter().filter(|text| text.starts_with(shop)).collect();
+        assert_eq!(lines, expected, "each once, in order");
+    }
+    for number in numbers {
+        let all = until("every question is in the history", async || {
+            let texts = received(number).await;
+            (texts.len() >= asked).then_some(texts)
+        })
+        .await;
+        assert_eq!(all, (0..asked).rev().map(|index| format!("question {index}")).collect::<Vec<_>>(), "each once");
+    }
+    assert_eq!(world.phones.stats().await.unwrap()["signal_keys_reused"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_told_and_left_behind_without_a_loss() {
+    let world = World::new().await;
+    let (tenant, _, numbers) = world.tenant("disk", &SHOPS).await;
+    let loads: Vec<_> = numbers.iter().map(|number| Load::begin(number.clone())).collect();
+    let accepted = || loads.iter().map(|load| load.accepted.load(Ordering::SeqCst)).collect::<Vec<_>>();
+    let mut asked = 0;
+    write(&world.phones, &mut asked, 5).await;
+    until("both numbers are busy", async || accepted().iter().all(|count| *count >= 20).then_some(())).await;
+
+    world.daemon.as_ref().unwrap().limit_files(Some(NO_ROOM));
+    write(&world.phones, &mut asked, 5).await;
+    for number in &numbers {
+        let seen = until("the number says why", async || {
+            let seen = world.number(&tenant, &number.id).await;
+            (seen.reason == "DISK_FULL").then_some(seen)
+        })
+        .await;
+        assert_ne!(seen.state(), NumberState::Online);
+    }
+    until("sends are refused", async || loads.iter().all(|load| load.refused.load(Ordering::SeqCst) > 0).then_some(()))
+        .await;
+    write(&world.phones, &mut asked, 5).await;
+    let metrics = world.metrics().await;
+    assert!(
+        metrics.lines().any(|line| line.starts_with("switchboard_store_open{") && line.ends_with(" 0")),
+        "{metrics}"
+    );
+    let ready = call(world.admin(), "GET", "/readyz", &[], "").await.unwrap_or_else(|error| error.to_string());
+    assert!(ready.contains("the disk is full"), "{ready}");
+    let stuck = accepted();
+    let refused = || loads.iter().map(|load| load.refused.load(Ordering::SeqCst)).collect::<Vec<_>>();
+    let before = refused();
+    until("many more are refused", async || {
+        refused().iter().zip(&before).all(|(now, then)| *now >= then + 20).then_some(())
+    })
+    .await;
+    assert_eq!(accepted(), stuck, "nothing is accepted meanwhile");
+
+    world.daemon.as_ref().unwrap().limit_files(None);
+    let room_again = Instant::now();
+    for number in &numbers {
+        world.until_state(&tenant, &number.id, NumberState::Online).await;
+    }
+    let took = room_again.elapsed();
+    println!("online again {took:?} after there was room again");
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    until("both numbers are busy again", async || {
+        accepted().iter().zip(&stuck).all(|(now, then)| *now >= then + 20).then_some(())
+    })
+    .await;
+    write(&world.phones, &mut asked, 5).await;
+    let mut texts = Vec::new();
+    for load in loads {
+        load.stop.store(true, Ordering::SeqCst);
+        let (sent, reasons) = load.task.await.unwrap();
+        assert!(reasons.contains("DISK_FULL"), "{reasons:?}");
+        assert!(reasons.iter().all(|reason| ["DISK_FULL", "STORE_FAILED"].contains(&reason.as_str())), "{reasons:?}");
+        texts.extend(sent);
+    }
+    settled(&world, &numbers, &texts, asked).await;
+    for number in &numbers {
+        let restarts = world.metric("switchboard_number_restarts_total", &number.id).await;
+        assert!(restarts == 0.0, "a full disk is no crash: {restarts}");
+    }
+    let metrics = world.metrics().await;
+    assert!(!metrics.lines().any(|line| line.starts_with("switchboard_store_open{") && line.ends_with(" 0")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn below_the_low_water_mark_sends_are_refused_and_the_rest_goes_on() {
+    // No file system has a terabyte more than it has.
+    let world = World::with(&[("STORE__LOW_WATER_MIB", "1048576")]).await;
+    let (_, _, numbers) = world.tenant("disk", &SHOPS[..1]).await;
+    let refused = numbers[0].caller.send_text(CUSTOMER, "too late", "too-late").await.unwrap_err();
+    assert_eq!(reason_of(&refused), "DISK_FULL");
+    world.phones.write(CUSTOMER, SHOPS[0], "still there?").await.unwrap();
+    world.webhook(&numbers[0], "message.received", |hook| hook.body["data"]["content"] == "still there?").await;
+    assert!(world.metrics().await.contains("switchboard_store_low_space 1"));
+}
