@@ -176,6 +176,7 @@ impl Daemon {
             random,
             webhook_policy: policy,
             drain: public_drain.1.clone(),
+            stream_patience: config.api.stream_patience,
         });
         let _ = booted.set(fleet.clone());
         let limits =

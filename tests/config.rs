@@ -101,7 +101,7 @@ sunny = true
     );
     for expected in [
         "FILE:2: api.listen: expected an address and a port, such as 127.0.0.1:7400, got \"nowhere\"",
-        "FILE:3: api.lisen: unknown key; [api] has: concurrent_requests, deadline_seconds, listen",
+        "FILE:3: api.lisen: unknown key; [api] has: concurrent_requests, deadline_seconds, listen, stream_patience_seconds",
         "FILE:6: gate.burst: expected an integer from 1 to 10000, got 0",
         "FILE:7: gate.concurrent: expected an integer from 1 to 10000, got \"many\"",
         "FILE:9: wether.sunny: unknown section;",

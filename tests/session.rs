@@ -115,6 +115,7 @@ impl World {
             kind: NumberKind::Linked,
             volume: 0,
             created_at: Timestamp(1),
+            retention: switchboard::domain::retention::Retention::KeepAll,
         };
         if self.store.meta().number(record.id).is_none() {
             self.store.meta().create_number(record, Vec::new()).await.unwrap();

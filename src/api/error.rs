@@ -138,6 +138,8 @@ reasons! {
     PayloadTooLarge "PAYLOAD_TOO_LARGE" InvalidArgument 413 false "the request body is too large",
     /// The request id was used for something else.
     RequestIdReused "REQUEST_ID_REUSED" InvalidArgument 409 false "the request id was used before for another request",
+    /// The range ends before it begins, or is no range of dates.
+    InvalidDateRange "INVALID_DATE_RANGE" InvalidArgument 400 false "the range of dates is not valid",
     /// The page token was not made by this API.
     InvalidPageToken "INVALID_PAGE_TOKEN" InvalidArgument 400 false "the page token is not valid",
     /// The cursor was not made by this API, or for another number.
@@ -162,6 +164,8 @@ reasons! {
     NumberStopped "NUMBER_STOPPED" FailedPrecondition 409 false "the number is stopped; start it first",
     /// The number starts, restarts, or is quarantined.
     NumberUnavailable "NUMBER_UNAVAILABLE" Unavailable 503 true "the number is not served at this moment",
+    /// The stream's client reads too slowly.
+    SlowConsumer "SLOW_CONSUMER" Unavailable 503 true "the stream was not read; go on from the last cursor",
     /// The daemon goes down.
     Draining "DRAINING" Unavailable 503 true "the daemon is shutting down",
     /// Too many calls at once.
@@ -342,7 +346,7 @@ mod tests {
                 }
             }
         }
-        let http_only = ["PATH_NOT_FOUND", "METHOD_NOT_ALLOWED", "PAYLOAD_TOO_LARGE"];
+        let http_only = ["INVALID_DATE_RANGE", "PATH_NOT_FOUND", "METHOD_NOT_ALLOWED", "PAYLOAD_TOO_LARGE"];
         for name in known.iter().filter(|name| !http_only.contains(name)) {
             assert!(contract.contains(name), "{name} is not in the contract");
         }

@@ -12,12 +12,18 @@ use super::error::{ApiError, Reason};
 use super::service::Api;
 use super::token::{self, TokenKind};
 use crate::domain::access::Caller;
-use crate::domain::event::{Event, EventFilter, EventKind};
+use crate::domain::event::{Event, EventBody, EventFilter, EventKind};
 use crate::domain::id::{EventSeq, NumberId};
+use crate::domain::time::Timestamp;
 use crate::number::handle::NumberHandle;
+use crate::store::number_store::NumberStore;
 
 /// Events read from disk at once.
-const PAGE: usize = 200;
+const PAGE: usize = 50;
+/// Text of events held for a stream, in bytes, beyond the first.
+const PAGE_TEXT_MAX: usize = 256 * 1024;
+/// How often a stream looks whether its key still lives.
+const KEY_CHECK: Duration = Duration::from_secs(10);
 /// Most types a filter may name.
 const TYPES_MAX: usize = 64;
 const PROGRESS_DEFAULT: Duration = Duration::from_secs(30);
@@ -40,6 +46,8 @@ pub struct StreamOrder<'a> {
     pub cursor: &'a str,
     /// How often to tell of progress.
     pub progress_interval: Option<Duration>,
+    /// The public part of the caller's key: the stream ends with it.
+    pub key: String,
 }
 
 /// One step of a stream.
@@ -64,9 +72,19 @@ pub struct EventStream {
     expects_next: bool,
     page: VecDeque<Event>,
     news: watch::Receiver<EventSeq>,
+    deleted: watch::Receiver<bool>,
     drain: Drain,
     interval: Duration,
     caught_up: bool,
+    api: Arc<Api>,
+    key: String,
+}
+
+/// Why a wait for news ended.
+enum Woken {
+    News,
+    Time,
+    End,
 }
 
 impl Api {
@@ -74,13 +92,13 @@ impl Api {
     ///
     /// # Errors
     /// See the contract.
-    pub fn events(&self, caller: Caller, order: &StreamOrder<'_>) -> Result<EventStream, ApiError> {
+    pub fn events(self: &Arc<Self>, caller: Caller, order: &StreamOrder<'_>) -> Result<EventStream, ApiError> {
         let number = self.number_meant(caller, order.number)?.id;
         let filter = filter_of(order.types)?;
         let interval = order.progress_interval.unwrap_or(PROGRESS_DEFAULT).clamp(PROGRESS_MIN, PROGRESS_MAX);
         let handle = self.handle_of(number)?;
         // Before the log is read, so that nothing falls between the two.
-        let news = handle.watch_events();
+        let (news, deleted) = (handle.watch_events(), handle.watch_deleted());
         let (position, expects_next) = match order.cursor {
             FROM_NOW => {
                 // While it starts, the newest event is not known yet.
@@ -90,8 +108,20 @@ impl Api {
             FROM_OLDEST => (EventSeq(0), false),
             cursor => (position_of(number, cursor)?, true),
         };
-        let (page, drain) = (VecDeque::new(), self.drain());
-        Ok(EventStream { handle, filter, position, expects_next, page, news, drain, interval, caught_up: false })
+        Ok(EventStream {
+            handle,
+            filter,
+            position,
+            expects_next,
+            page: VecDeque::new(),
+            news,
+            deleted,
+            drain: self.drain(),
+            interval,
+            caught_up: false,
+            api: self.clone(),
+            key: order.key.clone(),
+        })
     }
 }
 
@@ -99,12 +129,12 @@ impl EventStream {
     /// The next step; waits for it.
     ///
     /// # Errors
-    /// `Draining` and `CursorExpired`; the stream is over then.
+    /// `Draining`, `CursorExpired`, `NumberNotFound` when it was deleted, `Unauthorized` when the key was revoked; the
+    /// stream is over then, and the metadata say where to go on.
     pub async fn next(&mut self) -> Result<Step, ApiError> {
+        let mut waited = Duration::ZERO;
         loop {
-            if self.drain.has_begun() {
-                return Err(ApiError::from(Reason::Draining).with("cursor", self.cursor()));
-            }
+            self.check()?;
             while let Some(event) = self.page.pop_front() {
                 self.position = event.id.seq;
                 if self.filter.wants(event.kind()) {
@@ -118,16 +148,42 @@ impl EventStream {
                 self.caught_up = true;
                 return Ok(Step::Progress { caught_up: true });
             }
-            tokio::select! {
-                changed = self.news.changed() => {
-                    if changed.is_err() {
-                        return Err(Reason::NumberNotFound.into());
-                    }
+            let pause = KEY_CHECK.min(self.interval.saturating_sub(waited));
+            if matches!(self.wait(pause).await, Woken::Time) {
+                waited += pause;
+                if waited >= self.interval {
+                    return Ok(Step::Progress { caught_up: true });
                 }
-                () = tokio::time::sleep(self.interval) => return Ok(Step::Progress { caught_up: true }),
-                () = self.drain.begun() => {}
             }
         }
+    }
+
+    async fn wait(&mut self, pause: Duration) -> Woken {
+        tokio::select! {
+            _ = self.news.changed() => Woken::News,
+            _ = self.deleted.changed() => Woken::End,
+            () = self.drain.begun() => Woken::End,
+            () = tokio::time::sleep(pause) => Woken::Time,
+        }
+    }
+
+    /// Whether the stream may go on.
+    fn check(&self) -> Result<(), ApiError> {
+        let meta = self.api.parts.store.meta();
+        let end = if self.drain.has_begun() {
+            Reason::Draining
+        } else if *self.deleted.borrow() || meta.number(self.handle.id()).is_none() {
+            Reason::NumberNotFound
+        } else if meta.key(&self.key).is_none_or(|key| key.expires_at.is_some_and(|end| end <= self.now())) {
+            Reason::Unauthorized
+        } else {
+            return Ok(());
+        };
+        Err(ApiError::from(end).with("cursor", self.cursor()))
+    }
+
+    fn now(&self) -> Timestamp {
+        self.api.parts.clock.now()
     }
 
     /// The position after the last step.
@@ -148,16 +204,62 @@ impl EventStream {
             tokio::time::sleep(RESTART_PAUSE).await;
             return Ok(true);
         };
-        let mut events = store.events(self.position, PAGE).await?;
-        events.retain(|event| event.id.seq <= durable);
-        let Some(first) = events.first() else { return Ok(false) };
-        if self.expects_next && first.id.seq.0 != self.position.0 + 1 {
-            let oldest = token::encode(TokenKind::Events, [self.handle.id().0, first.id.seq.0 - 1]);
-            return Err(ApiError::from(Reason::CursorExpired).with("oldest_cursor", oldest));
+        let begins_after = self.log_begins_after(&store, durable).await?;
+        if self.position < begins_after {
+            self.position = begins_after;
+            if self.expects_next {
+                return Err(ApiError::from(Reason::CursorExpired).with("oldest_cursor", self.cursor()));
+            }
+            return Ok(true);
         }
-        self.expects_next = true;
-        self.page = events.into();
+        let mut page = VecDeque::new();
+        let (mut expected, mut text) = (self.position.0 + 1, 0);
+        for event in store.events(self.position, PAGE).await? {
+            // Whatever removes events moves the beginning of the log first: a gap is looked at again.
+            if event.id.seq > durable || event.id.seq.0 != expected || text > PAGE_TEXT_MAX {
+                break;
+            }
+            expected += 1;
+            text += text_of(&event);
+            page.push_back(event);
+        }
+        self.expects_next |= !page.is_empty();
+        if page.is_empty() {
+            // What was there a moment ago is being removed; what replaces it is known in a moment.
+            tokio::time::sleep(RESTART_PAUSE).await;
+        }
+        self.page = page;
         Ok(true)
+    }
+
+    /// The last event that may not be given out any more: removed, or older than what the number shows.
+    async fn log_begins_after(&self, store: &NumberStore, durable: EventSeq) -> Result<EventSeq, ApiError> {
+        let record = self.api.parts.store.meta().number(self.handle.id()).ok_or(Reason::NumberNotFound)?;
+        let oldest = record.retention.streamed_from(self.now());
+        let mut after = self.position.max(self.handle.event_floor());
+        // Nearly always the next event may be given out.
+        let mut limit = 1;
+        loop {
+            let events = store.events(after, limit).await?;
+            let Some(first) = events.first().filter(|event| event.id.seq <= durable) else { return Ok(after) };
+            if first.at >= oldest {
+                // A hole before it: what lay there is gone.
+                return Ok(EventSeq(first.id.seq.0 - 1));
+            }
+            let aged = events.iter().take_while(|event| event.at < oldest && event.id.seq <= durable);
+            after = aged.last().map_or(after, |event| event.id.seq);
+            limit = PAGE;
+        }
+    }
+}
+
+fn text_of(event: &Event) -> usize {
+    match &event.body {
+        EventBody::Received(body) => body.text.len(),
+        EventBody::Outbound(_)
+        | EventBody::NumberCreated
+        | EventBody::NumberConnected
+        | EventBody::NumberDisconnected { .. } => 0,
     }
 }
 

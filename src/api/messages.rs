@@ -10,6 +10,7 @@ use crate::domain::access::Caller;
 use crate::domain::id::{ChatNo, MessageId, MessageSeq, NumberId};
 use crate::domain::message::{Content, Direction, MessageRecord, Progress, TEXT_CHARS_MAX};
 use crate::domain::phone::{Contact, Phone};
+use crate::domain::retention::Retention;
 use crate::number::handle::SendCommand;
 use crate::store::number_store::NumberStore;
 use crate::telemetry::metrics;
@@ -59,11 +60,27 @@ impl Api {
         let record = self.number_meant(caller, order.number)?;
         let command = command_of(&order)?;
         let handle = self.handle_of(record.id)?;
+        let (to, content) = (command.to.clone(), command.content.clone());
         let accepted = handle.send(command, &self.parts.random).await?;
         metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
         let store = handle.store().ok_or(Reason::NumberUnavailable)?;
-        let message = store.message(accepted.seq).await?.ok_or(Reason::Internal)?;
-        Cards::new(record.id, store).card(message).await
+        if let Some(message) = store.message(accepted.seq).await? {
+            return Cards::new(record.id, store).card(message).await;
+        }
+        // A repeat of a request whose message is no longer kept: the answer is the same.
+        let message = MessageRecord {
+            seq: accepted.seq,
+            chat: ChatNo(0),
+            direction: Direction::Outbound,
+            whatsapp_id: String::new(),
+            correlation_id: some_text(order.correlation_id),
+            content,
+            sender_name: None,
+            created_at: accepted.created_at,
+            written_at: accepted.created_at,
+        };
+        let id = MessageId { number: record.id, seq: accepted.seq };
+        Ok(MessageCard { id, record: message, progress: Some(Progress::QUEUED), peer: to.phone })
     }
 
     /// One message, by our id.
@@ -75,10 +92,11 @@ impl Api {
         if caller == Caller::Operator {
             return Err(Reason::OperatorScopeNotAllowed.into());
         }
-        self.number_seen(caller, id.number).map_err(|_| Reason::MessageNotFound)?;
+        let number = self.number_seen(caller, id.number).map_err(|_| Reason::MessageNotFound)?;
         let store = self.store_of(id.number)?;
         let message = store.message(id.seq).await?.ok_or(Reason::MessageNotFound)?;
-        Cards::new(id.number, store).card(message).await
+        let card = Cards::new(id.number, store).card(message).await?;
+        self.shown(number.retention, card).ok_or_else(|| Reason::MessageNotFound.into())
     }
 
     /// One outbound message of a number, by WhatsApp's id.
@@ -88,7 +106,22 @@ impl Api {
     pub async fn message_by_whatsapp_id(&self, number: NumberId, whatsapp_id: &str) -> Result<MessageCard, ApiError> {
         let store = self.store_of(number)?;
         let message = store.outbound_with(whatsapp_id).await?.ok_or(Reason::MessageNotFound)?;
-        Cards::new(number, store).card(message).await
+        let retention = self.parts.store.meta().number(number).ok_or(Reason::NumberNotFound)?.retention;
+        let card = Cards::new(number, store).card(message).await?;
+        self.shown(retention, card).ok_or_else(|| Reason::MessageNotFound.into())
+    }
+
+    /// What may be shown of a message. Of one that only passed through: that it was sent, and how far it got.
+    fn shown(&self, retention: Retention, mut card: MessageCard) -> Option<MessageCard> {
+        match retention.shown_from(self.parts.clock.now()) {
+            Some(from) => (card.record.created_at >= from).then_some(card),
+            None if card.record.direction == Direction::Outbound => {
+                card.record.content = Content::NotKept;
+                card.peer = None;
+                Some(card)
+            }
+            None => None,
+        }
     }
 
     /// A number's messages, newest first.
@@ -103,7 +136,8 @@ impl Api {
         size: i32,
         token: &str,
     ) -> Result<Page<MessageCard>, ApiError> {
-        let number = self.number_meant(caller, named)?.id;
+        let record = self.number_meant(caller, named)?;
+        let number = record.id;
         let size = page_size(size, PAGE_MAX)?;
         let before = match token {
             "" => None,
@@ -120,7 +154,11 @@ impl Api {
                 None => return Ok(Page { entries: Vec::new(), next: String::new() }),
             },
         };
-        let rows = store.messages(chat, before, size).await?;
+        let Some(from) = record.retention.shown_from(self.parts.clock.now()) else {
+            return Ok(Page { entries: Vec::new(), next: String::new() });
+        };
+        let mut rows = store.messages(chat, before, size).await?;
+        rows.retain(|row| row.created_at >= from);
         let next = match rows.last() {
             Some(last) if rows.len() == size => token::encode(TokenKind::Messages, [number.0, last.seq.0]),
             _ => String::new(),
@@ -135,18 +173,18 @@ impl Api {
 }
 
 /// Completes history rows; remembers the contacts of one page.
-struct Cards {
+pub(super) struct Cards {
     number: NumberId,
     store: NumberStore,
     peers: HashMap<ChatNo, Option<Phone>>,
 }
 
 impl Cards {
-    fn new(number: NumberId, store: NumberStore) -> Self {
+    pub(super) fn new(number: NumberId, store: NumberStore) -> Self {
         Self { number, store, peers: HashMap::new() }
     }
 
-    async fn card(&mut self, record: MessageRecord) -> Result<MessageCard, ApiError> {
+    pub(super) async fn card(&mut self, record: MessageRecord) -> Result<MessageCard, ApiError> {
         let progress = match record.direction {
             Direction::Outbound => Some(self.store.progress(record.seq).await?),
             Direction::Inbound | Direction::OwnDevice => None,

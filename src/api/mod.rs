@@ -4,6 +4,7 @@ pub mod drain;
 pub mod error;
 pub mod events;
 pub mod grpc;
+pub mod history;
 pub mod http;
 pub mod keys;
 pub mod messages;

@@ -11,7 +11,7 @@ use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
 use crate::domain::lifecycle::Desired;
 use crate::domain::phone::Phone;
-use crate::domain::retention::Retention;
+use crate::domain::retention::{DAYS_MAX, Retention};
 use crate::number::handle::NumberView;
 use crate::number::message::Control;
 use crate::store::error::StoreError;
@@ -31,19 +31,46 @@ pub struct NumberCard {
     pub restarts: u64,
 }
 
+/// A number to make.
+#[derive(Debug, Clone, Copy)]
+pub struct NewNumber<'a> {
+    /// What people call it.
+    pub name: &'a str,
+    /// Its phone number.
+    pub phone: &'a str,
+    /// How it connects.
+    pub kind: NumberKind,
+    /// What it keeps of its messages.
+    pub retention: Retention,
+}
+
+/// What to change of a number.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NumberChange<'a> {
+    /// What people call it.
+    pub name: Option<&'a str>,
+    /// What it keeps of its messages.
+    pub retention: Option<Retention>,
+}
+
+/// What a number is told to keep, in words of either API.
+///
+/// # Errors
+/// When the days do not fit.
+pub fn keep_days(field: &'static str, days: i64) -> Result<Retention, ApiError> {
+    let days = u16::try_from(days).ok().filter(|days| (1..=DAYS_MAX).contains(days));
+    let wrong = || ApiError::field(field, format!("must be from 1 to {DAYS_MAX}"));
+    days.map(Retention::KeepDays).ok_or_else(wrong)
+}
+
 impl Api {
     /// Makes a number and starts it; returns it with the text of its first key.
     ///
     /// # Errors
     /// See the contract.
-    pub async fn create_number(
-        &self,
-        caller: Caller,
-        name: &str,
-        phone: &str,
-        kind: NumberKind,
-    ) -> Result<(NumberCard, String), ApiError> {
+    pub async fn create_number(&self, caller: Caller, order: NewNumber<'_>) -> Result<(NumberCard, String), ApiError> {
         let tenant = tenant_only(caller)?;
+        let NewNumber { name, phone, kind, retention } = order;
         if kind == NumberKind::Official {
             return Err(Reason::KindNotSupported.into());
         }
@@ -56,7 +83,7 @@ impl Api {
             kind,
             volume: self.parts.store.roomiest_volume(),
             created_at: now,
-            retention: Retention::default(),
+            retention,
         };
         let id = record.id;
         let (key, key_record) = new_key(KeySubject::Number(id), &self.parts.random, now);
@@ -73,6 +100,37 @@ impl Api {
         .await?;
         tracing::info!(number = %id, tenant = %tenant, "number created");
         Ok((self.card(self.number_seen(caller, id)?)?, key.text))
+    }
+
+    /// Changes a number's name, what it keeps, or both.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn update_number(
+        &self,
+        caller: Caller,
+        named: &str,
+        change: NumberChange<'_>,
+    ) -> Result<NumberCard, ApiError> {
+        tenant_only(caller)?;
+        let id = self.number_meant(caller, named)?.id;
+        let name = change.name.map(display_name).transpose()?;
+        let retention = change.retention;
+        let meta = self.parts.store.meta().clone();
+        let handle = self.handle_of(id)?;
+        let record = self
+            .to_the_end(async move {
+                let changed = meta.change_number(id, |record| {
+                    record.name = name.unwrap_or_else(|| record.name.clone());
+                    record.retention = retention.unwrap_or(record.retention);
+                });
+                let record = changed.await?;
+                // Every read goes by the record from now on; the number's own work follows it.
+                handle.keep(record.retention);
+                Ok(record)
+            })
+            .await?;
+        self.card(record)
     }
 
     /// One number.

@@ -3,6 +3,7 @@
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -40,6 +41,8 @@ pub struct Parts {
     pub webhook_policy: Policy,
     /// The end of the daemon.
     pub drain: Drain,
+    /// How long a stream waits for a client that does not read.
+    pub stream_patience: Duration,
 }
 
 /// The use cases.
@@ -73,6 +76,18 @@ impl Api {
     #[must_use]
     pub fn drain(&self) -> Drain {
         self.parts.drain.clone()
+    }
+
+    /// The public part of the key in `x-api-key`, by which it is looked up again.
+    #[must_use]
+    pub fn key_id(&self, key: Option<&str>) -> String {
+        key.and_then(|text| PresentedKey::parse(text).ok()).map(|key| key.id().to_owned()).unwrap_or_default()
+    }
+
+    /// How long a stream waits for a client that does not read.
+    #[must_use]
+    pub fn stream_patience(&self) -> Duration {
+        self.parts.stream_patience
     }
 
     /// Who calls, by the text of `x-api-key`.

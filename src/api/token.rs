@@ -11,6 +11,7 @@ pub(super) enum TokenKind {
     Numbers = 2,
     Messages = 3,
     Events = 4,
+    History = 5,
 }
 
 const WORD_BYTES: usize = 8;

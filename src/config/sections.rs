@@ -68,6 +68,8 @@ pub struct Api {
     pub concurrent_requests: usize,
     /// Longest a call may take.
     pub deadline: Duration,
+    /// How long a stream waits for a client that does not read.
+    pub stream_patience: Duration,
 }
 
 /// The admin listener.
@@ -258,7 +260,13 @@ impl Reader<'_> {
         let listen = self.parsed("api", "listen", PORTS);
         let concurrent_requests = self.integer("api", "concurrent_requests", 1..=1_000_000);
         let deadline = self.seconds("api", "deadline_seconds", 1..=600);
-        Some(Api { listen: listen?, concurrent_requests: concurrent_requests? as usize, deadline: deadline? })
+        let stream_patience = self.seconds("api", "stream_patience_seconds", 1..=3600);
+        Some(Api {
+            listen: listen?,
+            concurrent_requests: concurrent_requests? as usize,
+            deadline: deadline?,
+            stream_patience: stream_patience?,
+        })
     }
 
     fn log(&mut self) -> Option<Log> {

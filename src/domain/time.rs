@@ -22,6 +22,16 @@ impl Timestamp {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }
 
+    /// Reads RFC 3339, or a date alone, which means its beginning in UTC. Moments before 1970 are 1970.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let moment = text.parse::<jiff::Timestamp>().ok().or_else(|| {
+            let date: jiff::civil::Date = text.parse().ok().filter(|_| text.len() == "2026-01-31".len())?;
+            date.to_zoned(jiff::tz::TimeZone::UTC).ok().map(|moment| moment.timestamp())
+        })?;
+        Some(Self(u64::try_from(moment.as_millisecond()).unwrap_or(0)))
+    }
+
     /// Whole seconds since the Unix epoch.
     #[must_use]
     pub fn as_secs(self) -> u64 {
@@ -53,6 +63,22 @@ mod tests {
     #[test]
     fn text_is_rfc_3339() {
         assert_eq!(Timestamp(1_763_819_999_042).to_string(), "2025-11-22T13:59:59.042Z");
+    }
+
+    #[test]
+    fn moments_and_dates_are_read() {
+        for (text, millis) in [
+            ("2025-11-22T13:59:59.042Z", Some(1_763_819_999_042)),
+            ("2025-11-22T14:59:59+01:00", Some(1_763_819_999_000)),
+            ("2025-11-22", Some(1_763_769_600_000)),
+            ("1960-01-01", Some(0)),
+            ("2025-11-22T13:59", None),
+            ("2025-13-22", None),
+            ("yesterday", None),
+            ("", None),
+        ] {
+            assert_eq!(Timestamp::parse(text), millis.map(Timestamp), "{text}");
+        }
     }
 
     #[test]

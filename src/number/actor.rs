@@ -133,7 +133,7 @@ impl Actor for NumberActor {
         let (environment, number) = (state.environment.clone(), state.handle.id());
         state.tasks.spawn(async move {
             let loaded = load(&environment, number, volume).await;
-            let _ = myself.cast(Inner::Loaded(loaded).into());
+            let _ = myself.cast(Inner::Loaded(Box::new(loaded)).into());
         });
         Ok(state)
     }
@@ -241,7 +241,7 @@ impl NumberState {
 
     fn on_internal(&mut self, inner: Inner, myself: &ActorRef<NumberMessage>) -> Result<(), StoreError> {
         match inner {
-            Inner::Loaded(loaded) => self.on_loaded(loaded, myself)?,
+            Inner::Loaded(loaded) => self.on_loaded(*loaded, myself)?,
             Inner::Stored(ticket, Ok(())) => self.step(Input::Stored(ticket, true), myself),
             Inner::Stored(ticket, Err(StoreError::Conflict)) => self.step(Input::Stored(ticket, false), myself),
             Inner::Stored(_, Err(error)) => return Err(error),
@@ -258,7 +258,7 @@ impl NumberState {
             }
             Inner::Attempted(record, attempted) => self.step(Input::Attempted(record, attempted), myself),
             Inner::PageLoaded(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows?), myself),
-            Inner::Swept(found) => self.step(Input::Swept(found?), myself),
+            Inner::Swept(found) => self.step(Input::Swept((*found)?), myself),
             Inner::Wake => {
                 self.wake = None;
                 self.step(Input::Tick, myself);

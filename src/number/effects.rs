@@ -219,7 +219,7 @@ impl NumberState {
         self.tasks.spawn(async move {
             let Ok(_turn) = turns.acquire().await else { return };
             let found = store.find(sweep).await;
-            let _ = actor.cast(Inner::Swept(found).into());
+            let _ = actor.cast(Inner::Swept(Box::new(found)).into());
         });
     }
 
@@ -241,6 +241,8 @@ impl NumberState {
                 tracing::info!(code = code.name(), "message failed");
             }
             Counted::Resent => metrics::resent(),
+            Counted::Swept(count) => metrics::swept_rows(count),
+            Counted::SweepPassed => metrics::sweep_passed(),
         }
     }
 

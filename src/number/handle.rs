@@ -16,6 +16,7 @@ use crate::domain::lifecycle::{Desired, Life, State};
 use crate::domain::message::Content;
 use crate::domain::number::SendRequest;
 use crate::domain::phone::{Contact, Phone};
+use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
 use crate::store::number_store::NumberStore;
 use crate::telemetry::failpoint::{self, Failpoint};
@@ -113,6 +114,7 @@ pub struct NumberHandle {
     live: watch::Sender<Option<Arc<Live>>>,
     /// Why there is no incarnation, when that is the disk's doing.
     lost: Mutex<Option<StoreLost>>,
+    deleted: watch::Sender<bool>,
     calls: Arc<Semaphore>,
     slot: Arc<Semaphore>,
     answered_at_millis: AtomicU64,
@@ -141,6 +143,7 @@ impl NumberHandle {
             event_floor: AtomicU64::new(0),
             live: watch::Sender::new(None),
             lost: Mutex::new(None),
+            deleted: watch::Sender::new(false),
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             slot: Arc::new(Semaphore::new(1)),
             answered_at_millis: AtomicU64::new(0),
@@ -219,6 +222,17 @@ impl NumberHandle {
 
     pub(crate) fn change_view(&self, change: impl FnOnce(&mut NumberView)) {
         self.view.send_modify(change);
+    }
+
+    /// Says that the number is deleted: whoever follows it learns of it.
+    pub fn delete(&self) {
+        self.deleted.send_replace(true);
+    }
+
+    /// Follows whether it is deleted.
+    #[must_use]
+    pub fn watch_deleted(&self) -> watch::Receiver<bool> {
+        self.deleted.subscribe()
     }
 
     /// The event log begins behind this event.
@@ -323,6 +337,13 @@ impl NumberHandle {
         let (reply, answer) = oneshot::channel();
         live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| SendRefused::NotReady)?;
         answer.await.map_err(|_| SendRefused::NotReady)
+    }
+
+    /// What it keeps was set, on disk. A number that starts just now reads it there.
+    pub fn keep(&self, retention: Retention) {
+        if let Some(live) = self.live.borrow().as_ref() {
+            let _ = live.actor.cast(NumberMessage::Retention(retention));
+        }
     }
 
     /// Adds a webhook endpoint; its ordinal is chosen here.

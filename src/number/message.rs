@@ -189,14 +189,14 @@ pub struct Internal(pub(super) Inner);
 
 #[derive(Debug)]
 pub(super) enum Inner {
-    Loaded(Result<(NumberStore, Snapshot), StoreError>),
+    Loaded(Box<Result<(NumberStore, Snapshot), StoreError>>),
     Stored(Ticket, Result<(), StoreError>),
     Record(ReplyId, [u8; 32], Result<Option<IdempotencyRecord>, StoreError>),
     Granted(GateTurn),
     Session(ConnectionNo, FromSession, Option<OwnedSemaphorePermit>),
     Attempted(AttemptRecord, Attempted),
     PageLoaded(u32, Result<Vec<DeliveryRow>, StoreError>),
-    Swept(Result<Found, StoreError>),
+    Swept(Box<Result<Found, StoreError>>),
     Wake,
 }
 

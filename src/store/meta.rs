@@ -251,17 +251,28 @@ impl Meta {
         Ok(())
     }
 
-    /// Changes an existing number's record.
+    /// Changes an existing number's record, as it is at that moment; gives the changed one.
     ///
     /// # Errors
     /// `Erased` when it was deleted, or when the disk refuses.
-    pub async fn update_number(&self, record: NumberRecord) -> Result<(), StoreError> {
+    pub async fn change_number(
+        &self,
+        id: NumberId,
+        change: impl FnOnce(&mut NumberRecord),
+    ) -> Result<Arc<NumberRecord>, StoreError> {
         let _one = self.writer.lock().await;
-        let sealer = self.tables().sealers.get(&record.id).cloned().ok_or(StoreError::Erased)?;
+        let (sealer, record) = {
+            let tables = self.tables();
+            (tables.sealers.get(&id).cloned(), tables.numbers.get(&id).cloned())
+        };
+        let (Some(sealer), Some(record)) = (sealer, record) else { return Err(StoreError::Erased) };
+        let mut record = (*record).clone();
+        change(&mut record);
         let row = key_of(NUMBER, &record.id.0.to_be_bytes());
         self.write(vec![encode(row, &record, &sealer, &self.keyring.random)?]).await?;
+        let changed = Arc::new(record.clone());
         self.change(|tables| tables.insert_number(record));
-        Ok(())
+        Ok(changed)
     }
 
     /// Destroys a number's data key, its record and every API key that speaks for it: when this returns nobody can

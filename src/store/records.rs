@@ -1,6 +1,8 @@
 //! How each record of a number is written and found again. Values are JSON behind the store's form byte: they
 //! name their fields, so a later version reads an older one's.
 
+use std::ops::RangeInclusive;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -261,6 +263,68 @@ impl NumberStore {
             if let Some(message) = self.message(MessageSeq(word(&key[4..])?)).await? {
                 messages.push(message);
             }
+        }
+        Ok(messages)
+    }
+
+    /// The first history row that was made at a moment or later; `None` when all are older. Halves the rows until it is
+    /// found: they lie in the order in which they were made.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn first_message_since(&self, at: Timestamp) -> Result<Option<MessageSeq>, StoreError> {
+        let Some(newest) = self.messages(None, None, 1).await?.pop() else { return Ok(None) };
+        let (mut low, mut high) = (0, newest.seq.0 + 1);
+        let mut first = None;
+        // Every row up to `low` is older; the first row from `high` on, if any, is `first`.
+        while low + 1 < high {
+            let middle = low + (high - low) / 2;
+            let from = (middle - 1).to_be_bytes();
+            let row = self.scan(Tag::Message, &[], Some(&from), Order::Ascending, 1).await?.pop();
+            let record: Option<MessageRecord> = row.map(|(_, value)| decode(&value)).transpose()?;
+            match record {
+                Some(record) if record.created_at < at => low = record.seq.0,
+                Some(record) => {
+                    first = Some(record.seq);
+                    high = middle;
+                }
+                None => high = middle,
+            }
+        }
+        Ok(first)
+    }
+
+    /// How many history rows lie in a range, counted up to `most` and without reading them.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn count_messages(&self, range: RangeInclusive<u64>, most: usize) -> Result<usize, StoreError> {
+        let from = range.start().checked_sub(1).map(u64::to_be_bytes);
+        let from = from.as_ref().map(<[u8; 8]>::as_slice);
+        let keys = self.keys(Tag::Message, &[], from, Order::Ascending, (0, most)).await?;
+        let end = range.end().to_be_bytes();
+        Ok(keys.iter().take_while(|key| key.as_slice() <= end.as_slice()).count())
+    }
+
+    /// The history rows of a range, newest first, after `skip` of them.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn messages_within(
+        &self,
+        range: RangeInclusive<u64>,
+        (skip, limit): (usize, usize),
+    ) -> Result<Vec<MessageRecord>, StoreError> {
+        let from = range.end().checked_add(1).map(u64::to_be_bytes);
+        let from = from.as_ref().map(<[u8; 8]>::as_slice);
+        let keys = self.keys(Tag::Message, &[], from, Order::Descending, (skip, limit)).await?;
+        let mut messages = Vec::with_capacity(keys.len());
+        for key in keys {
+            let seq = word(&key)?;
+            if seq < *range.start() {
+                break;
+            }
+            messages.extend(self.message(MessageSeq(seq)).await?);
         }
         Ok(messages)
     }

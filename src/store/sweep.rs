@@ -175,7 +175,7 @@ impl NumberStore {
                 needed.extend(self.named_events(tag, *endpoint, first, last).await?);
             }
         }
-        let next = (full && old.len() == keys.len()).then(|| Sweep::Events {
+        let next = (full && old.len() == keys.len()).then_some(Sweep::Events {
             after: EventSeq(last),
             through,
             dead_letters_hold,

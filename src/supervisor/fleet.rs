@@ -107,6 +107,9 @@ impl Fleet {
             return Err(FleetError::NotFound);
         }
         meta.begin_erasure(id).await?;
+        if let Some(handle) = self.directory.get(id) {
+            handle.delete();
+        }
         let (done, stopped) = oneshot::channel();
         self.root.cast(RootMessage::Remove(id, done)).map_err(|_| FleetError::GoingDown)?;
         stopped.await.map_err(|_| FleetError::GoingDown)?;

@@ -12,19 +12,30 @@ pub trait Clock: Send + Sync + std::fmt::Debug {
 
     /// Time since some fixed moment; never goes back. For measuring durations.
     fn monotonic(&self) -> Duration;
+
+    /// Puts the wall clock forward, as an administrator would: for tests of what happens after days.
+    #[cfg(feature = "sandbox")]
+    fn put_forward(&self, by: Duration);
 }
 
 /// The system's clock.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct SystemClock {
     started: Instant,
+    /// How far tests have put the wall clock forward, in milliseconds.
+    #[cfg(feature = "sandbox")]
+    ahead: AtomicU64,
 }
 
 impl SystemClock {
     /// A clock whose monotonic time starts now.
     #[must_use]
     pub fn new() -> Self {
-        Self { started: Instant::now() }
+        Self {
+            started: Instant::now(),
+            #[cfg(feature = "sandbox")]
+            ahead: AtomicU64::new(0),
+        }
     }
 }
 
@@ -38,11 +49,19 @@ impl Clock for SystemClock {
     fn now(&self) -> Timestamp {
         // A clock before 1970 reads as 1970: every comparison stays defined.
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Timestamp(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
+        let now = Timestamp(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX));
+        #[cfg(feature = "sandbox")]
+        let now = now.after(Duration::from_millis(self.ahead.load(Ordering::SeqCst)));
+        now
     }
 
     fn monotonic(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    #[cfg(feature = "sandbox")]
+    fn put_forward(&self, by: Duration) {
+        self.ahead.fetch_add(u64::try_from(by.as_millis()).unwrap_or(u64::MAX), Ordering::SeqCst);
     }
 }
 
@@ -80,6 +99,11 @@ impl Clock for ManualClock {
 
     fn monotonic(&self) -> Duration {
         Duration::from_millis(self.monotonic_millis.load(Ordering::SeqCst))
+    }
+
+    #[cfg(feature = "sandbox")]
+    fn put_forward(&self, by: Duration) {
+        self.wall_millis.fetch_add(u64::try_from(by.as_millis()).unwrap_or(u64::MAX), Ordering::SeqCst);
     }
 }
 

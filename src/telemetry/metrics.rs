@@ -18,6 +18,7 @@ const API_REQUESTS_TOTAL: &str = "switchboard_api_requests_total";
 const API_REQUEST_SECONDS: &str = "switchboard_api_request_seconds";
 const API_REFUSED_TOTAL: &str = "switchboard_api_refused_total";
 const API_STREAMS: &str = "switchboard_api_streams";
+const API_SLOW_STREAMS_TOTAL: &str = "switchboard_api_slow_streams_total";
 const GATE_WAITING: &str = "switchboard_gate_waiting";
 const GATE_OPENING: &str = "switchboard_gate_opening";
 const GATE_GRANTS_TOTAL: &str = "switchboard_gate_grants_total";
@@ -26,6 +27,8 @@ const RESTARTS_TOTAL: &str = "switchboard_restarts_total";
 const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
 const SLOT_TIMEOUTS_TOTAL: &str = "switchboard_slot_timeouts_total";
 const RESENT_TOTAL: &str = "switchboard_messages_resent_total";
+const SWEPT_ROWS_TOTAL: &str = "switchboard_swept_rows_total";
+const SWEEP_PASSES_TOTAL: &str = "switchboard_sweep_passes_total";
 const PANICS_TOTAL: &str = "switchboard_panics_total";
 const COMMITTER_QUEUED: &str = "switchboard_committer_queued";
 const COMMITTER_GROUPS_TOTAL: &str = "switchboard_committer_groups_total";
@@ -108,6 +111,9 @@ fn describe() {
     describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
     describe_counter!(QUARANTINES_TOTAL, "Numbers that crashed too often");
     describe_counter!(SLOT_TIMEOUTS_TOTAL, "Numbers whose old socket did not go away in time");
+    describe_counter!(API_SLOW_STREAMS_TOTAL, "Streams ended because their client did not read");
+    describe_counter!(SWEPT_ROWS_TOTAL, "Rows removed because they were kept long enough");
+    describe_counter!(SWEEP_PASSES_TOTAL, "Times that a number went through everything it may forget");
     describe_counter!(RESENT_TOTAL, "Messages put on the wire again under the same id");
     describe_counter!(PANICS_TOTAL, "Panics in any thread");
     describe_gauge!(COMMITTER_QUEUED, "Units waiting for a committer, by volume");
@@ -241,6 +247,21 @@ pub fn restarted(cause: RestartCause) {
 /// A number crashed too often.
 pub fn quarantined() {
     counter!(QUARANTINES_TOTAL).increment(1);
+}
+
+/// A stream was ended because its client did not read.
+pub fn slow_stream() {
+    counter!(API_SLOW_STREAMS_TOTAL).increment(1);
+}
+
+/// Rows were kept long enough.
+pub fn swept_rows(count: u64) {
+    counter!(SWEPT_ROWS_TOTAL).increment(count);
+}
+
+/// A number went through everything it may forget.
+pub fn sweep_passed() {
+    counter!(SWEEP_PASSES_TOTAL).increment(1);
 }
 
 /// A message went over the wire again under the same id.

@@ -21,6 +21,8 @@ mod failures;
 mod harness;
 mod isolation;
 mod restart;
+mod retention;
 mod sealing;
 mod story;
+mod streams;
 mod surface;

@@ -6,7 +6,7 @@ use super::proto as pb;
 use crate::api::error::ApiError;
 use crate::api::events::Step;
 use crate::api::messages::MessageCard;
-use crate::api::numbers::NumberCard;
+use crate::api::numbers::{NumberCard, NumberChange, keep_days};
 use crate::api::pairing::PairingStep;
 use crate::api::webhooks::WebhookCard;
 use crate::domain::event::{Event, EventBody};
@@ -14,6 +14,7 @@ use crate::domain::id::{EventId, MessageId};
 use crate::domain::lifecycle::Desired;
 use crate::domain::message::{Direction, FailureCode, MessageStatus};
 use crate::domain::phone::{Contact, Phone};
+use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
 use crate::store::meta::{NumberKind, TenantRecord};
 
@@ -67,7 +68,46 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         restart_count: i64::try_from(restarts).unwrap_or(i64::MAX),
         desired_state: desired.into(),
         create_time: Some(time(record.created_at)),
+        retention: Some(retention(record.retention)),
     }
+}
+
+fn retention(retention: Retention) -> pb::Retention {
+    let (mode, days) = match retention {
+        Retention::KeepAll => (pb::RetentionMode::KeepAll, 0),
+        Retention::KeepDays(days) => (pb::RetentionMode::KeepDays, days),
+        Retention::RelayOnly => (pb::RetentionMode::RelayOnly, 0),
+    };
+    pb::Retention { mode: mode.into(), days: days.into() }
+}
+
+pub(super) fn retention_of(asked: Option<&pb::Retention>) -> Result<Retention, ApiError> {
+    let Some(asked) = asked else { return Ok(Retention::KeepAll) };
+    match pb::RetentionMode::try_from(asked.mode) {
+        Ok(pb::RetentionMode::KeepDays) => keep_days("retention.days", asked.days.into()),
+        Ok(_) if asked.days != 0 => Err(ApiError::field("retention.days", "needs the mode that keeps days")),
+        Ok(pb::RetentionMode::Unspecified | pb::RetentionMode::KeepAll) => Ok(Retention::KeepAll),
+        Ok(pb::RetentionMode::RelayOnly) => Ok(Retention::RelayOnly),
+        Err(_) => Err(ApiError::field("retention.mode", "is not known")),
+    }
+}
+
+pub(super) fn number_change<'a>(
+    number: &'a pb::Number,
+    mask: Option<&prost_types::FieldMask>,
+) -> Result<NumberChange<'a>, ApiError> {
+    let mut change = NumberChange::default();
+    for path in mask.iter().flat_map(|mask| &mask.paths) {
+        match path.as_str() {
+            "display_name" => change.name = Some(&number.display_name),
+            "retention" => change.retention = Some(retention_of(number.retention.as_ref())?),
+            _ => return Err(ApiError::field("update_mask", "may name display_name and retention only")),
+        }
+    }
+    if change.name.is_none() && change.retention.is_none() {
+        return Err(ApiError::field("update_mask", "must name what to change"));
+    }
+    Ok(change)
 }
 
 pub(super) fn message(card: MessageCard) -> pb::Message {

@@ -7,6 +7,7 @@ use super::convert;
 use super::proto as pb;
 use super::server::Service;
 use super::status::status_of;
+use crate::api::numbers::NewNumber;
 use crate::api::pairing::PairingWatch;
 use crate::number::message::Control;
 use crate::telemetry::metrics::OpenStream;
@@ -24,7 +25,9 @@ impl pb::number_service_server::NumberService for Service {
             let caller = self.caller(&request)?;
             let asked = request.get_ref();
             let kind = convert::kind_of(asked.kind)?;
-            let made = self.api.create_number(caller, &asked.display_name, &asked.phone_number, kind).await;
+            let retention = convert::retention_of(asked.retention.as_ref())?;
+            let (name, phone) = (asked.display_name.as_str(), asked.phone_number.as_str());
+            let made = self.api.create_number(caller, NewNumber { name, phone, kind, retention }).await;
             let (card, api_key) = made?;
             Ok(pb::CreateNumberResponse { number: Some(convert::number(card)), api_key })
         };
@@ -50,6 +53,18 @@ impl pb::number_service_server::NumberService for Service {
             numbers: page.entries.into_iter().map(convert::number).collect(),
             next_page_token: page.next,
         }))
+    }
+
+    async fn update_number(&self, request: Request<pb::UpdateNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("UpdateNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            let number = asked.number.clone().unwrap_or_default();
+            let change = convert::number_change(&number, asked.update_mask.as_ref())?;
+            self.api.update_number(caller, &number.id, change).await.map(convert::number)
+        };
+        call.answer(outcome.await)
     }
 
     async fn delete_number(&self, request: Request<pb::DeleteNumberRequest>) -> Result<Response<()>, Status> {

@@ -95,9 +95,17 @@ impl Service {
 
     /// Who makes a call.
     pub(super) fn caller<T>(&self, request: &Request<T>) -> Result<Caller, ApiError> {
-        let key = request.metadata().get(API_KEY).and_then(|value| value.to_str().ok());
-        self.api.authenticate(key)
+        self.api.authenticate(presented(request))
     }
+
+    /// The public part of the key a call is made with.
+    pub(super) fn key_id<T>(&self, request: &Request<T>) -> String {
+        self.api.key_id(presented(request))
+    }
+}
+
+fn presented<T>(request: &Request<T>) -> Option<&str> {
+    request.metadata().get(API_KEY).and_then(|value| value.to_str().ok())
 }
 
 /// A call under way.

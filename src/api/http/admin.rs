@@ -51,7 +51,9 @@ struct Admin {
 pub fn admin(parts: AdminParts) -> Router {
     let router = Router::new().route("/metrics", get(scrape)).route("/livez", get(alive)).route("/readyz", get(ready));
     #[cfg(feature = "sandbox")]
-    let router = router.route("/debug/panic", axum::routing::post(make_panic));
+    let router = router
+        .route("/debug/panic", axum::routing::post(make_panic))
+        .route("/debug/clock", axum::routing::post(put_clock_forward));
     router.with_state(Arc::new(Admin { parts, scraping: Mutex::new(()) }))
 }
 
@@ -153,5 +155,20 @@ async fn make_panic(
             StatusCode::NO_CONTENT
         }
         None => StatusCode::NOT_FOUND,
+    }
+}
+
+/// Puts the daemon's wall clock forward: for tests of what happens after days.
+#[cfg(feature = "sandbox")]
+async fn put_clock_forward(
+    State(admin): State<Arc<Admin>>,
+    axum::extract::Query(query): axum::extract::Query<std::collections::HashMap<String, String>>,
+) -> StatusCode {
+    match query.get("seconds").and_then(|seconds| seconds.parse().ok()) {
+        Some(seconds) => {
+            admin.parts.clock.put_forward(Duration::from_secs(seconds));
+            StatusCode::NO_CONTENT
+        }
+        None => StatusCode::BAD_REQUEST,
     }
 }

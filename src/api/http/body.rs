@@ -35,6 +35,20 @@ impl Fields {
         }
     }
 
+    /// A whole number; `None` when it is absent, `null` or wrong.
+    pub(super) fn integer(&mut self, field: &'static str) -> Option<i64> {
+        match self.object.remove(field)? {
+            Value::Null => None,
+            value => {
+                let number = value.as_i64();
+                if number.is_none() {
+                    self.wrong(field, "must be a whole number");
+                }
+                number
+            }
+        }
+    }
+
     /// A field that exists in the product and not in this version.
     pub(super) fn unsupported(&mut self, field: &'static str) {
         if self.object.remove(field).is_some_and(|value| !value.is_null()) {

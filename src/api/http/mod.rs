@@ -5,6 +5,7 @@ pub mod admin;
 mod admission;
 mod answer;
 mod body;
+mod history;
 mod messages;
 mod numbers;
 pub mod server;

@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use super::admission::{Admission, admit, is_grpc, refusal};
-use super::{messages, numbers};
+use super::{history, messages, numbers};
 use crate::api::drain::Drain;
 use crate::api::error::{ApiError, Reason};
 use crate::api::grpc::server::{Health, ReflectionError, routes};
@@ -51,9 +51,10 @@ pub async fn public(api: &Arc<Api>, limits: PublicLimits) -> Result<(Router, Hea
     let (grpc, health) = routes(api).await?;
     let json = Router::new()
         .route("/v1/messages/send", post(messages::send))
+        .route("/v1/messages/history", get(history::list))
         .route("/v1/messages/{id}", get(messages::get))
         .route("/v1/numbers", get(numbers::list))
-        .route("/v1/numbers/{id}", get(numbers::get))
+        .route("/v1/numbers/{id}", get(numbers::get).patch(numbers::change))
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(api.clone());

@@ -243,6 +243,10 @@ pub enum Counted {
     Failed(FailureCode),
     /// A message went over the wire again.
     Resent,
+    /// So many rows are removed because they were kept long enough.
+    Swept(u64),
+    /// The number went through everything it may forget.
+    SweepPassed,
 }
 
 /// What a number is rebuilt from.

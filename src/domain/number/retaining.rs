@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::interface::{Effect, Ticket};
+use super::interface::{Counted, Effect, Ticket};
 use super::machine::{Draft, Number, Then};
 use crate::domain::change::Change;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq, NumberId};
@@ -170,6 +170,7 @@ impl Number {
                 return self.look(sweep, draft);
             }
         }
+        draft.effects.push(Effect::Count(Counted::SweepPassed));
         self.retaining.phase = Phase::Resting(self.retaining.rules.next_pass(self.id, now));
     }
 
@@ -271,6 +272,7 @@ impl Number {
     /// Removes what was found, except what is needed again or still.
     fn forget(&mut self, removals: Vec<Removal>, draft: &mut Draft) {
         let mut kept_chats = BTreeSet::new();
+        let before = draft.changes.len();
         for removal in removals {
             match &removal {
                 Removal::Message { seq, chat, .. } if self.is_unsettled(*seq) => {
@@ -295,6 +297,10 @@ impl Number {
                 | Removal::Attempt(..) => {}
             }
             draft.changes.push(Change::Removed(removal));
+        }
+        let count = draft.changes.len() - before;
+        if count > 0 {
+            draft.effects.push(Effect::Count(Counted::Swept(count as u64)));
         }
     }
 

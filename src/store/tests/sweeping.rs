@@ -41,7 +41,7 @@ fn message(seq: u64, chat: u32, at: u64) -> MessageRecord {
     MessageRecord {
         seq: MessageSeq(seq),
         chat: ChatNo(chat),
-        direction: if seq % 2 == 0 { Direction::Outbound } else { Direction::Inbound },
+        direction: if seq.is_multiple_of(2) { Direction::Outbound } else { Direction::Inbound },
         whatsapp_id: format!("W{seq}"),
         correlation_id: None,
         content: Content::Text("text".to_owned()),
