@@ -128,6 +128,7 @@ async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: 
             kind: NumberKind::Linked,
             volume: (index % usize::from(VOLUMES)) as u8,
             created_at: Timestamp(1),
+            retention: switchboard::domain::retention::Retention::KeepAll,
         };
         let (id, volume) = (record.id, record.volume);
         meta.create_number(record, Vec::new()).await.unwrap();
