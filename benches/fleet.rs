@@ -21,31 +21,19 @@
     reason = "a bench that cannot go on may panic"
 )]
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+mod rig;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use switchboard::api::grpc::proto;
-use switchboard::api::grpc::proto::message_service_client::MessageServiceClient;
-use switchboard::domain::access::{self, KeyKind};
-use switchboard::domain::change::Change;
-use switchboard::domain::id::{NumberId, TenantId};
-use switchboard::domain::lifecycle::{Input, Life};
-use switchboard::domain::number::{Commit, Ticket};
-use switchboard::domain::phone::Phone;
-use switchboard::domain::time::Timestamp;
-use switchboard::session::link;
-use switchboard::store::layout::{Store, StoreSettings, VOLUMES};
-use switchboard::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord, TenantRecord};
 use switchboard::telemetry::rng::Random;
-use tonic::Request;
 use tonic::transport::Channel;
 
-const TENANT: TenantId = TenantId(1);
-const PATIENCE: Duration = Duration::from_secs(600);
+use self::rig::{PATIENCE, Sender, http, percentile, provision, start, until_online};
+
 /// Numbers that send, and messages per second over all of them, in the latency part.
 const SENDERS: usize = 100;
 const RATE_PER_SECOND: u64 = 500;
@@ -53,163 +41,6 @@ const RATE_SECONDS: u64 = 20;
 /// Messages in the saturated part.
 const SATURATED: usize = 20_000;
 const SATURATED_CALLS: usize = 128;
-
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Process {
-    fn field(&self, file: &str, name: &str) -> u64 {
-        let text = std::fs::read_to_string(format!("/proc/{}/{file}", self.0.id())).unwrap();
-        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-
-    /// Anonymous memory in KiB.
-    fn anonymous_kib(&self) -> u64 {
-        self.field("status", "RssAnon:")
-    }
-
-    fn cpu(&self) -> Duration {
-        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
-        let after_name = text.rsplit(')').next().unwrap();
-        let fields: Vec<u64> = after_name.split_whitespace().skip(11).take(2).map(|f| f.parse().unwrap()).collect();
-        // USER_HZ is 100 on every Linux there is.
-        Duration::from_millis((fields[0] + fields[1]) * 10)
-    }
-}
-
-fn http(to: SocketAddr, method: &str, path: &str) -> String {
-    let mut stream = TcpStream::connect(to).unwrap();
-    write!(stream, "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer.split_once("\r\n\r\n").unwrap().1.to_owned()
-}
-
-fn phone(index: usize) -> String {
-    format!("1556{index:07}")
-}
-
-fn number_id(index: usize) -> NumberId {
-    // Spread over the shards as random ids would be.
-    NumberId((index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
-}
-
-/// Writes the data directory a daemon with `count` linked numbers would have left behind.
-async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, random: &Arc<Random>) -> String {
-    let store = Arc::new(Store::open(&StoreSettings::at(directory, random.clone())).unwrap());
-    let meta = store.meta();
-    let tenant = TenantRecord { id: TENANT, name: "bench".to_owned(), created_at: Timestamp(1) };
-    meta.put_tenant(tenant).await.unwrap();
-    let key = access::mint(KeyKind::Tenant, &random.bytes());
-    meta.put_key(KeyRecord {
-        id: key.id.clone(),
-        subject: KeySubject::Tenant(TENANT),
-        secret_hash: key.secret_hash,
-        last4: key.last4.clone(),
-        created_at: Timestamp(1),
-        expires_at: None,
-    })
-    .await
-    .unwrap();
-    for index in 0..count {
-        let device = http(sandbox, "POST", &format!("/admin/provision?phone={}", phone(index)));
-        let record = NumberRecord {
-            id: number_id(index),
-            tenant: TENANT,
-            name: format!("number {index}"),
-            phone: Phone::parse(&phone(index)).unwrap(),
-            kind: NumberKind::Linked,
-            volume: (index % usize::from(VOLUMES)) as u8,
-            created_at: Timestamp(1),
-            retention: switchboard::domain::retention::Retention::KeepAll,
-        };
-        let (id, volume) = (record.id, record.volume);
-        meta.create_number(record, Vec::new()).await.unwrap();
-        let number = store.claim(id, volume).await.unwrap();
-        link::provision(&number, &device).await.unwrap();
-        let mut life = Life::new(Timestamp(1));
-        life.step(Input::Pair, Timestamp(1));
-        life.step(Input::Paired, Timestamp(1));
-        let changes = vec![Change::Life(life)];
-        let commit = Commit { ticket: Ticket(0), changes, unless_known: None, durable: false };
-        number.commit(number.unit_of(commit)).await.unwrap();
-    }
-    store.close();
-    key.text
-}
-
-fn start(mut command: Command, ready: &str) -> (Process, String) {
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
-    let (lines, found) = std::sync::mpsc::channel();
-    let outputs: [Box<dyn Read + Send>; 2] =
-        [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
-    for output in outputs {
-        let lines = lines.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(output).lines().map_while(Result::ok) {
-                let _ = lines.send(line);
-            }
-        });
-    }
-    let process = Process(child);
-    let line = loop {
-        let line = found.recv_timeout(PATIENCE).expect("the process said nothing");
-        if line.contains(ready) {
-            break line;
-        }
-        eprintln!("{line}");
-    };
-    std::thread::spawn(move || found.into_iter().for_each(drop));
-    (process, line)
-}
-
-fn online(admin: SocketAddr) -> usize {
-    let metrics = http(admin, "GET", "/metrics");
-    metrics.lines().filter(|line| line.starts_with("switchboard_number_up{") && line.ends_with(" 1")).count()
-}
-
-fn until_online(admin: SocketAddr, count: usize, since: Instant) -> Duration {
-    loop {
-        assert!(since.elapsed() < PATIENCE, "{} of {count} online", online(admin));
-        if online(admin) >= count {
-            return since.elapsed();
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn percentile(sorted: &[Duration], share: f64) -> f64 {
-    let index = ((sorted.len() as f64 * share) as usize).min(sorted.len() - 1);
-    sorted[index].as_secs_f64() * 1000.0
-}
-
-#[derive(Clone)]
-struct Sender {
-    channel: Channel,
-    key: String,
-}
-
-impl Sender {
-    async fn send(&self, from: usize, to: usize, text: String) -> Duration {
-        let mut request = Request::new(proto::SendMessageRequest {
-            number: number_id(from).to_string(),
-            to: format!("+{}", phone(to)),
-            content: Some(proto::send_message_request::Content::Text(text)),
-            ..Default::default()
-        });
-        request.metadata_mut().insert("x-api-key", self.key.parse().unwrap());
-        let begun = Instant::now();
-        MessageServiceClient::new(self.channel.clone()).send_message(request).await.unwrap();
-        begun.elapsed()
-    }
-}
 
 fn sent(admin: SocketAddr) -> u64 {
     let metrics = http(admin, "GET", "/metrics");
@@ -237,7 +68,7 @@ async fn paced(sender: &Sender, senders: usize) -> Vec<Duration> {
         ticks.tick().await;
         let sender = sender.clone();
         let from = index as usize % senders;
-        calls.spawn(async move { sender.send(from, peer(from, senders), format!("paced {index}")).await });
+        calls.spawn(async move { sender.send(from, peer(from, senders), format!("paced {index}"), "").await });
     }
     let mut took = calls.join_all().await;
     took.sort();
@@ -252,7 +83,7 @@ async fn saturated(sender: &Sender, senders: usize) -> Vec<Duration> {
             let mut took = Vec::new();
             for index in (worker..SATURATED).step_by(SATURATED_CALLS) {
                 let from = index % senders;
-                took.push(sender.send(from, peer(from, senders), format!("saturated {index}")).await);
+                took.push(sender.send(from, peer(from, senders), format!("saturated {index}"), "").await);
             }
             took
         });
@@ -329,7 +160,7 @@ async fn main() {
     let sender = Sender { channel, key };
     let senders = SENDERS.min(count);
     for from in 0..senders {
-        sender.send(from, peer(from, senders), "warm".to_owned()).await;
+        sender.send(from, peer(from, senders), "warm".to_owned(), "").await;
     }
     let mut expected = senders as u64;
     until_sent(admin, expected).await;

@@ -16,6 +16,8 @@ use crate::world::{World, link, own_phone, until};
 
 /// A failpoint that is not reached within this time was not part of the load.
 const REACHED_WITHIN: Duration = Duration::from_secs(30);
+/// One kill in so many is followed by a SIGTERM.
+const DRAIN_EVERY: u32 = 10;
 /// Messages a second, all chats and both directions together, without `RATE`.
 const RATE: u32 = 60;
 
@@ -25,6 +27,8 @@ struct Lives {
     daemon: Option<Daemon>,
     random: StdRng,
     kills: usize,
+    /// Lives that ended politely.
+    drains: usize,
     /// From the start of the process to all numbers Online.
     online: Vec<Duration>,
     /// Linked during the run, so that linking is killed as well.
@@ -61,6 +65,19 @@ impl Lives {
         }
         self.daemon.take().unwrap().kill();
         self.start_again(None);
+        if self.random.random_range(0..DRAIN_EVERY) == 0 {
+            self.drain().await;
+        }
+    }
+
+    /// One life that ends as an operator ends it, under load.
+    async fn drain(&mut self) {
+        assert!(self.all_online().await, "the daemon died by itself:\n{}", self.world.last_words());
+        self.daemon.as_ref().unwrap().terminate();
+        let status = until("the daemon has drained", async || self.daemon.as_mut().unwrap().ended()).await;
+        assert!(status.success(), "drained, and ended with {status}:\n{}", self.world.last_words());
+        self.daemon = Some(self.world.plan.start(None, &self.world.log));
+        self.drains += 1;
     }
 
     /// One life that ends at `name`, reached for the `nth` time.
@@ -122,8 +139,15 @@ async fn run(plan: Plan) {
     let pace = Pace { pause: Duration::from_secs(1) * chats / plan.rate.max(1), at_most: u32::MAX };
     let mut load = Load::start(&world, plan.seed, pace);
     let random = StdRng::seed_from_u64(plan.seed);
-    let mut lives =
-        Lives { world: world.clone(), daemon: Some(daemon), random, kills: 0, online: Vec::new(), newcomers: 0 };
+    let mut lives = Lives {
+        world: world.clone(),
+        daemon: Some(daemon),
+        random,
+        kills: 0,
+        drains: 0,
+        online: Vec::new(),
+        newcomers: 0,
+    };
     println!("{:.1} s: linked, traffic flows", begun.elapsed().as_secs_f64());
     for kill in 0..plan.kills {
         lives.random_kill().await;
@@ -170,7 +194,7 @@ fn report(lives: &Lives, verdict: &Verdict, polls: u64, begun: Instant) {
     online.sort();
     let at =
         |share: f64| online.get((online.len() as f64 * share) as usize).or(online.last()).copied().unwrap_or_default();
-    println!("{} kills in {:.0} s", lives.kills, begun.elapsed().as_secs_f64());
+    println!("{} kills and {} drains in {:.0} s", lives.kills, lives.drains, begun.elapsed().as_secs_f64());
     println!("restart to all Online: p50 {:.2} s, max {:.2} s", at(0.5).as_secs_f64(), at(1.0).as_secs_f64());
     println!(
         "{} accepted ({} answers stayed out), {} inbound, {} events, {polls} polls",
