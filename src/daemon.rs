@@ -18,6 +18,7 @@ use crate::api::service::{Api, Parts};
 use crate::config::sections::Config;
 use crate::domain::gate::GateLimits;
 use crate::domain::limiter::{Limits, Pace};
+use crate::domain::number::SendingRules;
 use crate::domain::retention::Policy as Keeping;
 use crate::number::environment::{Environment, SWEEPS_AT_ONCE};
 use crate::session::contract::SessionHandle;
@@ -290,7 +291,7 @@ fn environment(
         opener: Arc::new(LinkedOpener(sessions.clone())),
         gate: gate.clone(),
         webhooks: webhooks.map_err(part("webhooks"))?,
-        limits: limits(config),
+        sending: SendingRules { limits: limits(config), on_unknown: config.sending.on_unknown },
         policy: policy_of(config),
         sweeps: Arc::new(Semaphore::new(SWEEPS_AT_ONCE)),
         reconnect: config.reconnect,

@@ -24,6 +24,7 @@ use serde_json::Value;
 use switchboard::domain::close::CloseReason;
 use switchboard::domain::id::{MessageSeq, NumberId, TenantId};
 use switchboard::domain::message::{Content, Direction};
+use switchboard::domain::outbox::Devices;
 use switchboard::domain::phone::{Contact, Phone};
 use switchboard::domain::time::Timestamp;
 use switchboard::sandbox::server::{RunningSandbox, Sandbox, SandboxConfig};
@@ -195,7 +196,7 @@ impl Number {
     fn open(&mut self, purpose: Purpose) {
         let slot = self.slots.clone().try_acquire_owned().expect("the previous socket is gone");
         let (events, told) = mpsc::channel(EVENTS_MAX);
-        self.events = told;
+        self.events = with_receipts_answered(told);
         let params = LinkParams {
             store: self.store.clone(),
             purpose,
@@ -288,6 +289,7 @@ impl Number {
             whatsapp_id: whatsapp_id.clone(),
             to: to.clone(),
             content: Content::Text(text.to_owned()),
+            devices: Devices::AsKnown,
         }));
         (seq, whatsapp_id)
     }
@@ -342,6 +344,26 @@ impl Number {
             self.seen.push_back(event);
         }
     }
+}
+
+/// Says of every receipt at once that it is durable: the session writes nothing while one is not.
+fn with_receipts_answered(mut events: mpsc::Receiver<SessionEvent>) -> mpsc::Receiver<SessionEvent> {
+    let (onward, told) = mpsc::channel(EVENTS_MAX);
+    tokio::spawn(async move {
+        while let Some(event) = events.recv().await {
+            let event = match event {
+                SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable } => {
+                    let _ = durable.send(Ok(()));
+                    SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable: oneshot::channel().0 }
+                }
+                event => event,
+            };
+            if onward.send(event).await.is_err() {
+                break;
+            }
+        }
+    });
+    told
 }
 
 async fn eventually<F: Future<Output = bool>>(what: &str, check: impl Fn() -> F) {

@@ -229,6 +229,8 @@ fn command_of(order: &SendOrder<'_>) -> Result<SendCommand, ApiError> {
         Ok(to) if violations.is_empty() => Ok(SendCommand {
             to,
             content: Content::Text(text.to_owned()),
+            send_at: None,
+            expires_at: None,
             correlation_id: some_text(order.correlation_id),
             request_id: some_text(order.request_id),
             scope: REQUEST_SCOPE.to_owned(),

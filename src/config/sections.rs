@@ -11,6 +11,7 @@ use url::Url;
 
 use super::error::{ConfigErrors, Mistake};
 use super::layers::{DEFAULTS, Layers, Raw, Setting};
+use crate::domain::number::OnUnknown;
 use crate::telemetry::backoff::{RECONNECT_FLOOR, Shape};
 use crate::telemetry::logging;
 
@@ -37,6 +38,8 @@ pub struct Config {
     pub limits: Limits,
     /// `[retention]`.
     pub retention: Retention,
+    /// `[sending]`.
+    pub sending: Sending,
     /// `[webhook]`.
     pub webhook: Webhook,
     /// `[shutdown]`.
@@ -169,6 +172,13 @@ pub struct Retention {
     pub sweep: Duration,
 }
 
+/// What is done with sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sending {
+    /// With a message whose last attempt may have arrived.
+    pub on_unknown: OnUnknown,
+}
+
 /// Webhook delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Webhook {
@@ -230,6 +240,11 @@ impl Reader<'_> {
         let reconnect = self.reconnect();
         let limits = self.limits();
         let retention = self.retention();
+        let on_unknown = self.text("sending", "on_unknown", "\"resend\" or \"fail\"", |text| match text {
+            "resend" => Some(OnUnknown::Resend),
+            "fail" => Some(OnUnknown::Fail),
+            _ => None,
+        });
         let timeout = self.seconds("webhook", "timeout_seconds", 1..=60);
         let allow_private = self.bool("webhook", "allow_private");
         let grace = self.seconds("shutdown", "grace_seconds", 0..=600);
@@ -244,6 +259,7 @@ impl Reader<'_> {
             reconnect: reconnect?,
             limits: limits?,
             retention: retention?,
+            sending: Sending { on_unknown: on_unknown? },
             webhook: Webhook { timeout: timeout?, allow_private: allow_private? },
             shutdown: Shutdown { grace: grace? },
         })

@@ -6,6 +6,7 @@ use super::delivery::{DeliveryRow, Endpoint};
 use super::event::Event;
 use super::id::{ChatNo, EventSeq, MessageSeq};
 use super::lifecycle::Life;
+use super::limiter::LimiterRecord;
 use super::message::{Content, Direction, MessageRecord, Progress};
 use super::outbox::OutboxRow;
 use super::phone::Contact;
@@ -17,6 +18,8 @@ use super::time::Timestamp;
 pub enum Change {
     /// A new history row and its index entries.
     Message(MessageRecord),
+    /// The same history row with the content that could not be decrypted at first.
+    Filled(MessageRecord),
     /// The delivery progress of an outbound message.
     Progress(MessageSeq, Progress),
     /// An accepted send that is not settled.
@@ -29,6 +32,8 @@ pub enum Change {
     Idempotency(IdempotencyKey, IdempotencyRecord),
     /// A chat and the addresses it is found by.
     Chat(ChatNo, Contact),
+    /// The other side of a chat wrote for the first time.
+    Heard(ChatNo),
     /// An inbound message that must not be taken in twice, and when it was.
     Seen(SeenKey, MessageSeq, Timestamp),
     /// An entry of the event log.
@@ -51,6 +56,8 @@ pub enum Change {
     Life(Life),
     /// Something that was kept long enough.
     Removed(Removal),
+    /// State of the limiter.
+    Limiter(LimiterRecord),
 }
 
 /// Hash of a request id together with the key that used it; made by the store.

@@ -93,6 +93,103 @@ impl Bucket {
     }
 }
 
+/// Shortest and longest time new chats are held, whatever WhatsApp says.
+const HOLD_MIN: Duration = Duration::from_secs(60);
+const HOLD_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// How long they are held when WhatsApp does not say until when, or says that the cap of a day is reached.
+pub const HOLD_DEFAULT: Duration = Duration::from_secs(24 * 3600);
+/// How long they are held when WhatsApp refused one and says that there is no lock.
+pub const HOLD_UNEXPLAINED: Duration = Duration::from_secs(3600);
+
+/// Why new chats are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LockReason {
+    /// The account is locked for writing to people who never wrote to it (463).
+    ReachOutLock,
+    /// It opened as many chats as it may for now (475).
+    NewChatCap,
+}
+
+impl LockReason {
+    /// The public name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ReachOutLock => "REACH_OUT_LOCK",
+            Self::NewChatCap => "NEW_CHAT_CAP",
+        }
+    }
+}
+
+/// What WhatsApp answers when it is asked for the lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockAnswer {
+    /// It ends then.
+    Until(Timestamp),
+    /// There is a lock, and nobody says until when.
+    Open,
+    /// There is none.
+    None,
+}
+
+/// Whether the number may write to people who never wrote to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum NewChats {
+    /// It may.
+    #[default]
+    Allowed,
+    /// It may not; such sends stay in the queue.
+    Held {
+        /// Before this moment.
+        until: Timestamp,
+        /// Why.
+        reason: LockReason,
+    },
+    /// The hold is over. One such send at a time goes, until WhatsApp accepts one.
+    Probing,
+}
+
+impl NewChats {
+    /// Held from now on because WhatsApp refused one; an earlier hold is not made shorter.
+    #[must_use]
+    pub fn refused(self, reason: LockReason, now: Timestamp) -> Self {
+        let until = now.after(HOLD_DEFAULT);
+        match self {
+            Self::Held { until: before, .. } if before > until => self,
+            _ => Self::Held { until, reason },
+        }
+    }
+
+    /// Held as long as WhatsApp says, if it is held for its lock.
+    #[must_use]
+    pub fn explained(self, answer: LockAnswer, now: Timestamp) -> Self {
+        let Self::Held { reason: LockReason::ReachOutLock, .. } = self else { return self };
+        let until = match answer {
+            LockAnswer::Until(at) => at.clamp(now.after(HOLD_MIN), now.after(HOLD_MAX)),
+            LockAnswer::Open => now.after(HOLD_DEFAULT),
+            LockAnswer::None => now.after(HOLD_UNEXPLAINED),
+        };
+        Self::Held { until, reason: LockReason::ReachOutLock }
+    }
+
+    /// As it is at `now`. A clock that was set back far does not prolong a hold for ever.
+    #[must_use]
+    pub fn at(self, now: Timestamp) -> Self {
+        match self {
+            Self::Held { until, .. } if until <= now || until > now.after(2 * HOLD_MAX) => Self::Probing,
+            other => other,
+        }
+    }
+}
+
+/// What is stored of the limiter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct LimiterRecord {
+    /// Whether new chats may be opened.
+    #[serde(default)]
+    pub new_chats: NewChats,
+}
+
 /// The limiter of one number.
 #[derive(Debug, Clone)]
 pub struct Limiter {
@@ -246,6 +343,30 @@ mod tests {
         let refused = limiter.try_take(ChatNo(1), now).unwrap_err();
         assert_eq!((refused.layer, refused.at), (LimitLayer::PairRate, Timestamp(1_006_000)));
         assert!(limiter.try_take(ChatNo(2), now).is_ok());
+    }
+
+    #[test]
+    fn a_hold_ends_when_whatsapp_says_within_bounds() {
+        let now = Timestamp(1_000_000_000_000);
+        let held = NewChats::Allowed.refused(LockReason::ReachOutLock, now);
+        let until = |new_chats: NewChats| match new_chats {
+            NewChats::Held { until, .. } => until,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(until(held), now.after(HOLD_DEFAULT));
+        let hour = now.after(Duration::from_secs(3600));
+        assert_eq!(until(held.explained(LockAnswer::Until(hour), now)), hour);
+        assert_eq!(until(held.explained(LockAnswer::Until(Timestamp(5)), now)), now.after(HOLD_MIN));
+        assert_eq!(until(held.explained(LockAnswer::Until(Timestamp(u64::MAX)), now)), now.after(HOLD_MAX));
+        assert_eq!(until(held.explained(LockAnswer::None, now)), now.after(HOLD_UNEXPLAINED));
+        let long = held.explained(LockAnswer::Until(now.after(HOLD_MAX)), now);
+        assert_eq!(long.refused(LockReason::NewChatCap, hour), long, "never made shorter by a refusal");
+        let cap = NewChats::Probing.refused(LockReason::NewChatCap, now);
+        assert_eq!(cap.explained(LockAnswer::None, now), cap, "the lock says nothing of the cap");
+        assert_eq!(held.at(now.after(HOLD_DEFAULT)), NewChats::Probing);
+        assert_eq!(held.at(Timestamp(now.0 + 5)), held);
+        assert_eq!(held.at(Timestamp(0)), NewChats::Probing, "a clock set back does not hold for years");
+        assert_eq!(NewChats::Allowed.at(now), NewChats::Allowed);
     }
 
     #[test]

@@ -9,7 +9,10 @@ use super::time::Timestamp;
 /// Longest text WhatsApp shows, in characters.
 pub const TEXT_CHARS_MAX: usize = 4096;
 
-/// A row of the history; never changes after it is written.
+/// Stands in for the digest of a message that could not be decrypted, so that its row is found again.
+pub const PLACEHOLDER_DIGEST: [u8; 16] = [0; 16];
+
+/// A row of the history. Only one that could not be decrypted changes after it is written: its content is filled in.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MessageRecord {
     /// Place in the history.
@@ -30,6 +33,12 @@ pub struct MessageRecord {
     pub created_at: Timestamp,
     /// When the sender wrote it, by WhatsApp's clock (inbound), or `created_at` (outbound).
     pub written_at: Timestamp,
+    /// When it is to be sent, if its caller said so (outbound).
+    #[serde(default)]
+    pub send_at: Option<Timestamp>,
+    /// After which moment it is not sent any more, if its caller said so (outbound).
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
 }
 
 impl std::fmt::Debug for MessageRecord {
@@ -152,10 +161,12 @@ pub enum FailureCode {
     WhatsappNotExist,
     /// WhatsApp refused the stanza (400, 479 and anything it calls permanent).
     RejectedByWhatsapp,
-    /// The account may not open new chats now (463).
+    /// The account may not open new chats now (463). Only in histories of earlier versions: such sends are held now.
     ReachOutLocked,
-    /// Its deadline passed.
+    /// Its deadline passed after it was attempted.
     DeadlinePassed,
+    /// Its deadline passed before it was attempted.
+    NeverAttempted,
     /// Too many attempts without an answer.
     AttemptsExhausted,
     /// The number was logged out or removed.
@@ -171,6 +182,7 @@ impl FailureCode {
             Self::RejectedByWhatsapp => "REJECTED_BY_WHATSAPP",
             Self::ReachOutLocked => "REACH_OUT_LOCKED",
             Self::DeadlinePassed => "EXPIRED_AFTER_ATTEMPTS",
+            Self::NeverAttempted => "NEVER_ATTEMPTED_MAX_AGE_EXCEEDED",
             Self::AttemptsExhausted => "DELIVERY_TIMEOUT",
             Self::NumberGone => "LINKED_WHATSAPP_INSTANCE_NOT_FOUND",
         }
@@ -238,6 +250,8 @@ mod tests {
             MessageStatus::Read,
             MessageStatus::Played,
             MessageStatus::Failed,
+            MessageStatus::Cancelled,
+            MessageStatus::Expired,
         ])
     }
 

@@ -29,6 +29,9 @@ use crate::telemetry::backoff::Backoff;
 use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics;
 
+/// Longest sleep while something is due later: a wall clock that was set forward is noticed within it.
+const WAKE_WITHIN: Duration = Duration::from_secs(60);
+
 /// The actor. All its knowledge is in [`NumberState`].
 #[derive(Debug)]
 pub struct NumberActor;
@@ -274,7 +277,6 @@ impl NumberState {
     ) -> Result<(), StoreError> {
         let (store, mut snapshot) = loaded?;
         let now = self.environment.clock.now();
-        let limits = self.environment.limits;
         let durable_events = EventSeq(snapshot.counters.event);
         self.handle.events_begin_after(EventSeq(snapshot.counters.event_floor));
         // Whoever sets it looks for the actor afterwards: either this sees the record, or the actor gets the message.
@@ -282,7 +284,7 @@ impl NumberState {
         let record = self.environment.store.meta().number(self.handle.id());
         let retention = record.map(|record| record.retention).unwrap_or_default();
         snapshot.rules = Rules { policy: self.environment.policy, retention };
-        let (number, effects) = Number::restore(self.handle.id(), snapshot, limits, now);
+        let (number, effects) = Number::restore(self.handle.id(), snapshot, self.environment.sending, now);
         self.loaded = Some(Loaded { number, store });
         self.handle.events_visible(durable_events);
         self.perform(effects, myself);
@@ -368,9 +370,11 @@ impl NumberState {
                 failpoint::reach(Failpoint::AckReceived);
                 self.step(Input::Acked { whatsapp_id, error }, myself);
             }
-            FromSession::Receipts { messages, status, at } => {
-                self.step(Input::Receipts { messages, status, at }, myself);
+            FromSession::Receipts { messages, status, at, durable } => {
+                let reply = self.wait(Waiter::Inbound(durable));
+                self.step(Input::Receipts { messages, status, at, reply }, myself);
             }
+            FromSession::Lock(answer) => self.step(Input::Lock(answer), myself),
             FromSession::Arrived { messages, durable } => {
                 let id = self.wait(Waiter::Inbound(durable));
                 self.step(Input::Arrived(messages, id), myself);
@@ -415,7 +419,8 @@ impl NumberState {
         });
     }
 
-    /// Keeps one timer for the earliest thing that becomes due. A timer that is too early only costs a step.
+    /// Keeps one timer for the earliest thing that becomes due. A timer that is too early only costs a step. What is due
+    /// is a time of the wall clock and timers follow another, so a far one is looked at again on the way.
     fn schedule(&mut self, now: Timestamp, myself: &ActorRef<NumberMessage>) {
         let Some(due) = self.loaded.as_ref().and_then(|loaded| loaded.number.next_wake()) else { return };
         if let Some((set, timer)) = &self.wake {
@@ -425,7 +430,7 @@ impl NumberState {
             timer.abort();
         }
         let actor = myself.clone();
-        let pause = due.since(now).max(Duration::from_millis(1));
+        let pause = due.since(now).clamp(Duration::from_millis(1), WAKE_WITHIN);
         let timer = self.tasks.spawn(async move {
             tokio::time::sleep(pause).await;
             let _ = actor.cast(Inner::Wake.into());

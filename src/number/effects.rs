@@ -28,6 +28,12 @@ impl NumberState {
             Effect::Commit(commit) => self.commit(commit, myself),
             Effect::Life(effect) => self.perform_life(effect, myself),
             Effect::Transmit(transmit) => self.transmit(transmit, myself),
+            Effect::AskLock => {
+                if let Connection::Open { commands, .. } = &self.connection {
+                    // Not asked for want of room: the hold then lasts as long as it does by default.
+                    let _ = commands.try_send(SessionCommand::AskLock);
+                }
+            }
             Effect::Reply(reply, answer) => self.reply(reply, answer),
             Effect::ReplyFromRecord(reply, key, body) => {
                 let Some(Loaded { store, .. }) = &self.loaded else { return };
@@ -142,7 +148,8 @@ impl NumberState {
         let not_written = move |error| {
             let _ = actor.cast(Inner::Session(no, FromSession::NotWritten { seq, error }, None).into());
         };
-        let outgoing = move |content| Outgoing { seq, whatsapp_id: transmit.whatsapp_id, to: transmit.to, content };
+        let Transmit { whatsapp_id, to, devices, .. } = transmit;
+        let outgoing = move |content| Outgoing { seq, whatsapp_id, to, content, devices };
         if let Some(content) = transmit.content {
             if commands.try_send(SessionCommand::Send(outgoing(content))).is_err() {
                 not_written(SendError::Offline);
@@ -243,6 +250,9 @@ impl NumberState {
             Counted::Resent => metrics::resent(),
             Counted::Swept(count) => metrics::swept_rows(count),
             Counted::SweepPassed => metrics::sweep_passed(),
+            Counted::Held(reason) => {
+                tracing::warn!(reason = reason.name(), "whatsapp refuses new chats: they are held")
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 use super::message::GateTurn;
 use crate::domain::gate::Priority;
 use crate::domain::id::NumberId;
-use crate::domain::limiter::Limits;
+use crate::domain::number::SendingRules;
 use crate::domain::retention::Policy;
 use crate::session::opener::Opener;
 use crate::store::layout::Store;
@@ -33,8 +33,8 @@ pub struct Environment {
     pub gate: Arc<dyn Turnstile>,
     /// Webhook deliveries.
     pub webhooks: WebhookClient,
-    /// What a number may send.
-    pub limits: Limits,
+    /// What a number may send, and what it does in doubt.
+    pub sending: SendingRules,
     /// How long things are kept.
     pub policy: Policy,
     /// Turns to look for what is too old, so that a fleet does not look all at once.

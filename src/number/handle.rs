@@ -15,6 +15,7 @@ use crate::domain::id::{EventSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
 use crate::domain::message::Content;
 use crate::domain::number::SendRequest;
+use crate::domain::outbox::Standing;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
@@ -92,6 +93,10 @@ pub struct SendCommand {
     pub to: Contact,
     /// What to say.
     pub content: Content,
+    /// Not before this moment.
+    pub send_at: Option<Timestamp>,
+    /// Not after this moment.
+    pub expires_at: Option<Timestamp>,
     /// The caller's own reference.
     pub correlation_id: Option<String>,
     /// The caller's request id, unique within `scope`.
@@ -313,10 +318,17 @@ impl NumberHandle {
             let key = live.store.idempotency_key(&command.scope, request_id);
             (key, body_digest(&command))
         });
+        let standing = match chat {
+            Some(chat) => live.store.standing(chat).await.map_err(|_| SendRefused::NotReady)?,
+            None => Standing::New,
+        };
         let request = SendRequest {
             to: command.to,
             chat,
+            standing,
             content: command.content,
+            send_at: command.send_at,
+            expires_at: command.expires_at,
             whatsapp_id: new_whatsapp_id(random),
             correlation_id: command.correlation_id,
             idempotency,
@@ -402,5 +414,12 @@ fn body_digest(command: &SendCommand) -> [u8; 32] {
     part(command.content.kind().as_bytes());
     part(command.content.text().as_bytes());
     part(command.correlation_id.as_deref().unwrap_or_default().as_bytes());
+    // Only where given: requests remembered by earlier versions stay the same requests.
+    for (name, at) in [("send_at", command.send_at), ("expires_at", command.expires_at)] {
+        if let Some(at) = at {
+            part(name.as_bytes());
+            part(&at.0.to_be_bytes());
+        }
+    }
     hasher.finalize().into()
 }

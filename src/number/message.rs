@@ -8,6 +8,7 @@ use crate::domain::change::{AttemptRecord, IdempotencyRecord};
 use crate::domain::close::CloseReason;
 use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
 use crate::domain::id::MessageSeq;
+use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
 use crate::domain::retention::{Found, Retention};
@@ -147,7 +148,8 @@ pub(super) enum FromSession {
     Written,
     NotWritten { seq: MessageSeq, error: SendError },
     Acked { whatsapp_id: String, error: Option<u16> },
-    Receipts { messages: Vec<Receipted>, status: MessageStatus, at: Timestamp },
+    Receipts { messages: Vec<Receipted>, status: MessageStatus, at: Timestamp, durable: oneshot::Sender<()> },
+    Lock(LockAnswer),
     Arrived { messages: Vec<Arrived>, durable: oneshot::Sender<()> },
     Closed(CloseReason),
 }

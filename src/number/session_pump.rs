@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use ractor::ActorRef;
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::JoinSet;
 
 use super::message::{ConnectionNo, FromSession, Inner, NumberMessage};
 use crate::domain::change::SeenKey;
 use crate::domain::close::CloseReason;
 use crate::domain::message::{Content, MessageStatus};
 use crate::domain::number::{Arrived, Receipted};
+use crate::domain::outbox::Standing;
 use crate::domain::time::Timestamp;
 use crate::session::contract::{EVENTS_MAX, Incoming, NotDurable, ReceiptKind, SessionEvent};
 use crate::session::opener::{OpenPurpose, OpenRequest, Opener};
@@ -65,10 +67,12 @@ impl SessionPump {
         self.tell(FromSession::Opened(session.commands), None);
         let credits = Arc::new(Semaphore::new(CREDITS));
         let mut closed = false;
+        let mut durables = JoinSet::new();
         while let Some(event) = incoming.recv().await {
             closed = matches!(event, SessionEvent::Closed(_));
+            while durables.try_join_next().is_some() {}
             let Ok(credit) = credits.clone().acquire_owned().await else { break };
-            match self.resolve(event).await {
+            match self.resolve(event, &mut durables).await {
                 Ok(Some(event)) => self.tell(event, Some(credit)),
                 Ok(None) => {}
                 Err(_) => {
@@ -90,7 +94,11 @@ impl SessionPump {
         let _ = self.actor.cast(Inner::Session(self.connection, event, credit).into());
     }
 
-    async fn resolve(&self, event: SessionEvent) -> Result<Option<FromSession>, StoreError> {
+    async fn resolve(
+        &self,
+        event: SessionEvent,
+        durables: &mut JoinSet<()>,
+    ) -> Result<Option<FromSession>, StoreError> {
         Ok(Some(match event {
             SessionEvent::QrCode { code, valid_for } => FromSession::QrCode { code, valid_for },
             SessionEvent::Paired { .. } => FromSession::Paired,
@@ -100,13 +108,20 @@ impl SessionPump {
             SessionEvent::NotWritten { seq, error } => FromSession::NotWritten { seq, error },
             SessionEvent::Acked { whatsapp_id, error } => FromSession::Acked { whatsapp_id, error },
             SessionEvent::Closed(reason) => FromSession::Closed(reason),
-            SessionEvent::Receipt { whatsapp_ids, kind, at, .. } => {
+            SessionEvent::Receipt { whatsapp_ids, kind, at, durable, .. } => {
                 let messages = self.receipted(&whatsapp_ids).await?;
                 if messages.is_empty() {
+                    let _ = durable.send(Ok(()));
                     return Ok(None);
                 }
-                FromSession::Receipts { messages, status: status_of(kind), at }
+                let (done, stored) = oneshot::channel();
+                // Not waited for here: receipts of one moment share a write.
+                durables.spawn(async move {
+                    let _ = durable.send(stored.await.map_err(|_| NotDurable));
+                });
+                FromSession::Receipts { messages, status: status_of(kind), at, durable: done }
             }
+            SessionEvent::Lock(answer) => FromSession::Lock(answer),
             SessionEvent::Inbound { messages, durable } => {
                 self.take_in(messages, durable).await?;
                 return Ok(None);
@@ -167,22 +182,26 @@ impl SessionPump {
             text.truncate(end);
         }
         let chat = self.store.chat_of(&message.chat).await?;
-        let seen = match chat {
-            None => false,
-            Some(chat) => {
-                let key = SeenKey {
-                    chat,
-                    direction: message.direction,
-                    whatsapp_id: message.whatsapp_id.clone(),
-                    digest: message.digest,
-                };
-                self.store.has_seen(&key).await?
+        let (mut seen, mut standing, mut placeholder) = (false, Standing::New, None);
+        if let Some(chat) = chat {
+            let key = SeenKey {
+                chat,
+                direction: message.direction,
+                whatsapp_id: message.whatsapp_id.clone(),
+                digest: message.digest,
+            };
+            seen = self.store.has_seen(&key).await?;
+            if !seen {
+                standing = self.store.standing(chat).await?;
+                placeholder = self.store.placeholder(key).await?.map(Box::new);
             }
-        };
+        }
         Ok(Arrived {
             contact: message.chat,
             chat,
             seen,
+            standing,
+            placeholder,
             direction: message.direction,
             whatsapp_id: message.whatsapp_id,
             digest: message.digest,

@@ -6,7 +6,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::domain::close::CloseReason;
 use crate::domain::id::MessageSeq;
+use crate::domain::limiter::LockAnswer;
 use crate::domain::message::{Content, Direction};
+use crate::domain::outbox::Devices;
 use crate::domain::phone::{Contact, Lid, Phone};
 use crate::domain::time::Timestamp;
 
@@ -20,6 +22,8 @@ pub const EVENTS_MAX: usize = 64;
 pub enum SessionCommand {
     /// Put one message on the wire. Answered by [`SessionEvent::Written`] or [`SessionEvent::NotWritten`].
     Send(Outgoing),
+    /// Ask until when the account is locked for opening new chats. Answered by [`SessionEvent::Lock`], or not at all.
+    AskLock,
     /// Unlink this device on the server; the session then closes with `LoggedOut`.
     Logout,
     /// Close politely. The session ends with [`CloseReason::Requested`].
@@ -37,6 +41,8 @@ pub struct Outgoing {
     pub to: Contact,
     /// What it says.
     pub content: Content,
+    /// Whether the recipient's devices must be asked for again first.
+    pub devices: Devices,
 }
 
 /// What a session tells. Exactly one `Closed` ends every session.
@@ -89,7 +95,11 @@ pub enum SessionEvent {
         kind: ReceiptKind,
         /// By WhatsApp's clock.
         at: Timestamp,
+        /// Answered once what follows from it is on disk; WhatsApp is told only then.
+        durable: oneshot::Sender<Result<(), NotDurable>>,
     },
+    /// What WhatsApp says of its lock on new chats.
+    Lock(LockAnswer),
     /// Messages to make durable. WhatsApp gets its receipt only after `durable` was answered with `Ok`.
     Inbound {
         /// In the order of arrival.

@@ -51,6 +51,8 @@ pub enum Tag {
     Chat = 0x16,
     /// When inbound messages were noted: time, the key of `Seen`.
     SeenTime = 0x17,
+    /// Chats whose other side has written, by number.
+    ChatHeard = 0x18,
     /// Accepted sends that are not settled, by sequence.
     Outbox = 0x20,
     /// What they say, where the history does not keep it.

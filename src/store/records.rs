@@ -1,6 +1,7 @@
 //! How each record of a number is written and found again. Values are JSON behind the store's form byte: they
 //! name their fields, so a later version reads an older one's.
 
+use std::collections::HashSet;
 use std::ops::RangeInclusive;
 
 use serde::Serialize;
@@ -14,8 +15,9 @@ use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey, Ide
 use crate::domain::delivery::{DeliveryRow, Endpoint};
 use crate::domain::event::Event;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
-use crate::domain::message::{Content, Direction, MessageRecord, Progress};
+use crate::domain::message::{Content, Direction, MessageRecord, PLACEHOLDER_DIGEST, Progress};
 use crate::domain::number::{Commit, Snapshot};
+use crate::domain::outbox::{OutboxRow, Standing};
 use crate::domain::phone::Contact;
 use crate::domain::retention::Rules;
 use crate::domain::time::Timestamp;
@@ -70,7 +72,7 @@ impl NumberStore {
 
     fn write(&self, change: Change, unit: &mut Unit) {
         match change {
-            Change::Message(record) => self.write_message(&record, unit),
+            Change::Message(record) | Change::Filled(record) => self.write_message(&record, unit),
             Change::Progress(seq, progress) => {
                 unit.put(Tag::Progress, seq.0.to_be_bytes(), encode(&progress));
             }
@@ -92,6 +94,9 @@ impl NumberStore {
                     unit.put(Tag::ChatAlias, self.hashed("chat", address.as_bytes()), chat.0.to_be_bytes());
                 }
                 unit.put(Tag::Chat, chat.0.to_be_bytes(), encode(&contact));
+            }
+            Change::Heard(chat) => {
+                unit.put(Tag::ChatHeard, chat.0.to_be_bytes(), []);
             }
             Change::Seen(key, seq, at) => {
                 let hash = self.hashed("seen", &seen_name(&key));
@@ -128,6 +133,9 @@ impl NumberStore {
                 unit.put(Tag::Life, [], encode(&life));
             }
             Change::Removed(removal) => self.remove(removal, unit),
+            Change::Limiter(record) => {
+                unit.put(Tag::Limiter, [], encode(&record));
+            }
         }
     }
 
@@ -149,14 +157,31 @@ impl NumberStore {
         let counters = self.get(Tag::Counters, &[]).await?;
         let counters: Counters = counters.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
         let outbox = self.scan_all(Tag::Outbox, &[]).await?;
-        let outbox = outbox.iter().map(|(_, value)| decode(value)).collect::<Result<_, _>>()?;
+        let outbox: Vec<OutboxRow> = outbox.iter().map(|(_, value)| decode(value)).collect::<Result<_, _>>()?;
+        let mut warm = HashSet::new();
+        for chat in outbox.iter().map(|row| row.chat).collect::<HashSet<_>>() {
+            if self.standing(chat).await? == Standing::Warm {
+                warm.insert(chat);
+            }
+        }
+        let limiter = self.get(Tag::Limiter, &[]).await?;
+        let limiter = limiter.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
         let mut endpoints = Vec::new();
         for (_, value) in self.scan_all(Tag::Endpoint, &[]).await? {
             let endpoint: Endpoint = decode(&value)?;
             let queued = self.scan_all(Tag::Delivery, &endpoint.ordinal.to_be_bytes()).await?.len();
             endpoints.push((endpoint, queued as u64));
         }
-        Ok(Snapshot { life, has_credentials: false, counters, outbox, endpoints, rules: Rules::default() })
+        Ok(Snapshot {
+            life,
+            has_credentials: false,
+            counters,
+            outbox,
+            warm,
+            limiter,
+            endpoints,
+            rules: Rules::default(),
+        })
     }
 
     async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
@@ -195,12 +220,34 @@ impl NumberStore {
         self.get(Tag::Chat, &chat.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
     }
 
+    /// Whether the other side of a chat ever wrote.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn standing(&self, chat: ChatNo) -> Result<Standing, StoreError> {
+        let heard = self.get(Tag::ChatHeard, &chat.0.to_be_bytes()).await?;
+        Ok(if heard.is_some() { Standing::Warm } else { Standing::New })
+    }
+
     /// Whether an inbound message was taken in before.
     ///
     /// # Errors
     /// When the store cannot be read.
     pub async fn has_seen(&self, key: &SeenKey) -> Result<bool, StoreError> {
         Ok(self.get(Tag::Seen, &self.hashed("seen", &seen_name(key))).await?.is_some())
+    }
+
+    /// The row of an inbound message that still has no content.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn placeholder(&self, key: SeenKey) -> Result<Option<MessageRecord>, StoreError> {
+        let key = SeenKey { digest: PLACEHOLDER_DIGEST, ..key };
+        let Some(seq) = self.get(Tag::Seen, &self.hashed("seen", &seen_name(&key))).await? else {
+            return Ok(None);
+        };
+        let record = self.message(MessageSeq(word(&seq)?)).await?;
+        Ok(record.filter(|record| record.content == Content::Undecryptable))
     }
 
     /// The outbound message with this WhatsApp id.

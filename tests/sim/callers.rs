@@ -1,11 +1,16 @@
 //! Callers: they send with and without a request id, lose answers, and ask again with the same body or another.
 
 use switchboard::domain::change::IdempotencyKey;
-use switchboard::domain::message::Content;
-use switchboard::domain::number::{Input, Reply, ReplyId, SendRequest};
+use switchboard::domain::id::MessageSeq;
+use switchboard::domain::message::{Content, Progress};
+use switchboard::domain::number::{CancelTarget, Input, Reply, ReplyId, SendRequest};
+use switchboard::domain::time::Timestamp;
 
 use super::people::{self, Known};
 use super::world::{Happens, World};
+
+/// Most scheduled sends and deadlines lie within this, in milliseconds.
+const SOON_MAX: u64 = 20_000;
 
 /// One call for a message to be sent.
 #[derive(Debug, Clone)]
@@ -13,6 +18,8 @@ pub(crate) struct Call {
     person: u64,
     text: String,
     request: Option<u64>,
+    send_at: Option<Timestamp>,
+    expires_at: Option<Timestamp>,
     open: bool,
 }
 
@@ -30,6 +37,8 @@ pub(crate) struct Callers {
 pub(crate) enum Waiter {
     Send(usize),
     Inbound(u64, Vec<usize>),
+    Receipts,
+    Cancel(Vec<MessageSeq>),
     AddEndpoint,
     RemoveEndpoint,
 }
@@ -59,8 +68,55 @@ impl World {
         let text = format!("out {}", self.callers.calls.len());
         let request = self.rng.chance(self.plan.request_id).then_some(self.callers.requests);
         self.callers.requests += 1;
-        let call = self.add_call(Call { person, text, request, open: true });
+        let send_at = self.rng.chance(self.plan.scheduled).then(|| self.soon());
+        let expires_at = self.rng.chance(self.plan.deadline).then(|| {
+            let least = send_at.map_or(self.now, |at| at.0);
+            Timestamp(least + 1 + self.rng.below(SOON_MAX))
+        });
+        let call = self.add_call(Call { person, text, request, send_at, expires_at, open: true });
         self.outside(0, Happens::Asks(call));
+    }
+
+    /// Mostly soon, sometimes in an hour.
+    fn soon(&mut self) -> Timestamp {
+        let most = self.rng.pick(&[100, SOON_MAX, SOON_MAX, 3_600_000]);
+        Timestamp(self.now + self.rng.below(most))
+    }
+
+    /// Somebody withdraws a few of the last messages.
+    pub(crate) fn cancel_some(&mut self) {
+        if self.number.is_none() {
+            return;
+        }
+        let mut targets = Vec::new();
+        for _ in 0..1 + self.rng.below(5) {
+            let Some(seq) = self.promises.some_accepted(self.rng.next()) else { break };
+            if !targets.contains(&seq) {
+                targets.push(seq);
+            }
+        }
+        let stored = |seq: &MessageSeq| {
+            let disk = &self.disk.visible;
+            let progress = disk.progress.get(seq).copied().unwrap_or(Progress::QUEUED);
+            CancelTarget { seq: *seq, stored: disk.messages.contains_key(seq).then_some(progress) }
+        };
+        let resolved = targets.iter().map(stored).collect();
+        let delay = self.hop();
+        self.inside(delay, Happens::Cancels(resolved));
+    }
+
+    pub(crate) fn cancels(&mut self, targets: Vec<CancelTarget>) {
+        let reply = self.reply_id();
+        self.waiters.insert(reply, Waiter::Cancel(targets.iter().map(|target| target.seq).collect()));
+        self.step(Input::Cancel(targets, reply));
+    }
+
+    pub(crate) fn cancel_answered(&mut self, asked: &[MessageSeq], answer: &Reply) {
+        let Reply::Cancelled(outcomes) = answer else { panic!("a cancel was answered {answer:?}") };
+        assert_eq!(outcomes.iter().map(|(seq, _)| *seq).collect::<Vec<_>>(), asked);
+        for (seq, outcome) in outcomes {
+            self.promises.cancelled(*seq, *outcome, &self.disk.durable);
+        }
     }
 
     fn add_call(&mut self, call: Call) -> usize {
@@ -80,7 +136,10 @@ impl World {
         let request = SendRequest {
             to,
             chat,
+            standing: self.disk.visible.standing(chat),
             content: Content::Text(call.text.clone()),
+            send_at: call.send_at,
+            expires_at: call.expires_at,
             whatsapp_id: format!("3EB0{:018X}", self.callers.whatsapp_ids),
             correlation_id: None,
             idempotency: call.request.map(|request| (key(request), digest(call))),
@@ -105,7 +164,7 @@ impl World {
             Reply::Accepted { seq, .. } => {
                 let call = &self.callers.calls[index];
                 let request = call.request.map(|request| (key(request), digest(call)));
-                let now = switchboard::domain::time::Timestamp(self.now);
+                let now = Timestamp(self.now);
                 self.promises.accepted(seq, request, &call.text, &self.disk.durable, now);
                 if self.fault(self.plan.answer_lost) {
                     self.call_unanswered(index);
@@ -181,7 +240,11 @@ impl World {
     pub(crate) fn unanswered(&mut self, waiter: Waiter) {
         match waiter {
             Waiter::Send(index) => self.call_unanswered(index),
-            Waiter::Inbound(..) | Waiter::AddEndpoint | Waiter::RemoveEndpoint => {}
+            Waiter::Inbound(..)
+            | Waiter::Receipts
+            | Waiter::Cancel(_)
+            | Waiter::AddEndpoint
+            | Waiter::RemoveEndpoint => {}
         }
     }
 }

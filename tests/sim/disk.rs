@@ -9,9 +9,10 @@ use switchboard::domain::delivery::{DeliveryRow, Endpoint};
 use switchboard::domain::event::Event;
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::Life;
-use switchboard::domain::message::{Content, Direction, MessageRecord, Progress};
+use switchboard::domain::limiter::LimiterRecord;
+use switchboard::domain::message::{Content, Direction, MessageRecord, PLACEHOLDER_DIGEST, Progress};
 use switchboard::domain::number::{Commit, Snapshot, Ticket};
-use switchboard::domain::outbox::OutboxRow;
+use switchboard::domain::outbox::{OutboxRow, Standing};
 use switchboard::domain::phone::Contact;
 use switchboard::domain::retention::{Removal, Rules};
 use switchboard::domain::time::Timestamp;
@@ -28,7 +29,9 @@ pub(crate) struct Records {
     pub(crate) idempotency: HashMap<IdempotencyKey, IdempotencyRecord>,
     pub(crate) chats: HashMap<ChatNo, Contact>,
     pub(crate) aliases: HashMap<String, ChatNo>,
-    pub(crate) seen: HashSet<SeenKey>,
+    pub(crate) heard: HashSet<ChatNo>,
+    pub(crate) seen: HashMap<SeenKey, MessageSeq>,
+    pub(crate) limiter: LimiterRecord,
     pub(crate) events: BTreeMap<EventSeq, Rc<Event>>,
     pub(crate) deliveries: BTreeMap<(u32, EventSeq), DeliveryRow>,
     pub(crate) bodies: BTreeMap<MessageSeq, Content>,
@@ -40,7 +43,7 @@ pub(crate) struct Records {
 impl Records {
     pub(crate) fn apply(&mut self, change: &Change) {
         match change {
-            Change::Message(record) => {
+            Change::Message(record) | Change::Filled(record) => {
                 if record.direction == Direction::Outbound {
                     self.whatsapp_ids.insert(record.whatsapp_id.clone(), record.seq);
                 }
@@ -60,8 +63,9 @@ impl Records {
                 }
                 self.chats.insert(*chat, contact.clone());
             }
-            Change::Seen(key, _, at) => {
-                self.seen.insert(key.clone());
+            Change::Heard(chat) => drop(self.heard.insert(*chat)),
+            Change::Seen(key, seq, at) => {
+                self.seen.insert(key.clone(), *seq);
                 self.seen_times.insert((*at, seen_hash(key)), key.clone());
             }
             Change::Event(event) => drop(self.events.insert(event.id.seq, Rc::new(event.clone()))),
@@ -74,13 +78,14 @@ impl Records {
             Change::Counters(counters) => self.counters = *counters,
             Change::Life(life) => self.life = Some(life.clone()),
             Change::Removed(removal) => self.remove(removal),
+            Change::Limiter(record) => self.limiter = *record,
         }
     }
 
     /// Makes what `change` touched what `other` holds.
     fn revert(&mut self, change: &Change, other: &Self) {
         match change {
-            Change::Message(record) => {
+            Change::Message(record) | Change::Filled(record) => {
                 back_sorted(&mut self.messages, &other.messages, &record.seq);
                 back(&mut self.whatsapp_ids, &other.whatsapp_ids, &record.whatsapp_id);
             }
@@ -97,6 +102,11 @@ impl Records {
                 }
                 back(&mut self.chats, &other.chats, chat);
             }
+            Change::Heard(chat) => {
+                if !other.heard.contains(chat) {
+                    self.heard.remove(chat);
+                }
+            }
             Change::Seen(key, _, at) => self.revert_seen(key, *at, other),
             Change::Event(event) => back_sorted(&mut self.events, &other.events, &event.id.seq),
             Change::Delivery(endpoint, DeliveryRow { event, .. }) | Change::DeliveryGone(endpoint, event) => {
@@ -111,16 +121,13 @@ impl Records {
             }
             Change::Counters(_) => self.counters = other.counters,
             Change::Life(_) => self.life.clone_from(&other.life),
+            Change::Limiter(_) => self.limiter = other.limiter,
             Change::Removed(removal) => self.revert_removal(removal, other),
         }
     }
 
     fn revert_seen(&mut self, key: &SeenKey, at: Timestamp, other: &Self) {
-        if other.seen.contains(key) {
-            self.seen.insert(key.clone());
-        } else {
-            self.seen.remove(key);
-        }
+        back(&mut self.seen, &other.seen, key);
         back_sorted(&mut self.seen_times, &other.seen_times, &(at, seen_hash(key)));
     }
 
@@ -176,6 +183,17 @@ impl Records {
         contact.addresses().iter().find_map(|address| self.aliases.get(address).copied())
     }
 
+    pub(crate) fn standing(&self, chat: Option<ChatNo>) -> Standing {
+        if chat.is_some_and(|chat| self.heard.contains(&chat)) { Standing::Warm } else { Standing::New }
+    }
+
+    /// The row of an inbound message that still has no content.
+    pub(crate) fn placeholder(&self, key: SeenKey) -> Option<MessageRecord> {
+        let seq = self.seen.get(&SeenKey { digest: PLACEHOLDER_DIGEST, ..key })?;
+        let record = self.messages.get(seq)?;
+        (record.content == Content::Undecryptable).then(|| MessageRecord::clone(record))
+    }
+
     /// As the store's `load`.
     pub(crate) fn snapshot(&self, has_credentials: bool, rules: Rules) -> Snapshot {
         let queued =
@@ -185,6 +203,8 @@ impl Records {
             has_credentials,
             counters: self.counters,
             outbox: self.outbox.values().cloned().collect(),
+            warm: self.outbox.values().map(|row| row.chat).filter(|chat| self.heard.contains(chat)).collect(),
+            limiter: self.limiter,
             endpoints: self.endpoints.values().map(|stored| (stored.clone(), queued(stored.ordinal))).collect(),
             rules,
         }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use switchboard::domain::limiter::{Limits, Pace};
+use switchboard::domain::number::OnUnknown;
 
 use switchboard::domain::retention::{Policy, Retention, Rules};
 
@@ -28,6 +29,15 @@ pub(crate) struct Plan {
     pub(crate) not_written: u64,
     /// WhatsApp refuses with a code.
     pub(crate) refused: u64,
+    /// A refusal locks new chats.
+    pub(crate) locked: u64,
+    /// A call is for later; a call has a deadline of its own.
+    pub(crate) scheduled: u64,
+    pub(crate) deadline: u64,
+    /// A message cannot be decrypted at first.
+    pub(crate) opaque: u64,
+    /// What is done in doubt.
+    pub(crate) on_unknown: OnUnknown,
     /// An answer of WhatsApp is lost, or comes twice.
     pub(crate) ack_odd: u64,
     /// A connection does not come about.
@@ -71,6 +81,11 @@ impl Plan {
             cut_on_send: rng.pick(&[0, 5, 30]),
             not_written: rng.pick(&[0, 10, 100]),
             refused: rng.pick(&[0, 20, 100]),
+            locked: rng.pick(&[0, 100, 500]),
+            scheduled: rng.pick(&[0, 50, 300]),
+            deadline: rng.pick(&[0, 50, 300]),
+            opaque: rng.pick(&[0, 50, 300]),
+            on_unknown: rng.pick(&[OnUnknown::Resend, OnUnknown::Resend, OnUnknown::Fail]),
             ack_odd: rng.pick(&[0, 20, 100]),
             no_login: rng.pick(&[0, 100, 400]),
             webhook: rng.pick(&[0, 50, 300]),

@@ -1,7 +1,7 @@
 //! What the daemon promises, checked from outside: by what reached the platter, the wire, the callers and the
 //! endpoints, never by what the machine says of itself. A broken promise panics.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use switchboard::domain::change::{Change, IdempotencyKey};
@@ -9,8 +9,11 @@ use switchboard::domain::delivery::{self, Endpoint};
 use switchboard::domain::event::{Event, EventBody};
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::{Desired, Life, State};
+use switchboard::domain::limiter::{LockAnswer, NewChats};
 use switchboard::domain::message::{Content, Direction, MessageRecord, MessageStatus};
-use switchboard::domain::number::{Commit, Transmit};
+use switchboard::domain::number::{CancelOutcome, Commit, Transmit};
+use switchboard::domain::outbox::Schedule;
+use switchboard::domain::phone::Contact;
 use switchboard::domain::retention::{RELAY_ROWS_KEPT, Removal, Retention, Rules, SEEN_KEPT};
 use switchboard::domain::time::Timestamp;
 
@@ -45,11 +48,28 @@ struct Answered {
 
 /// How long a repeated request gets the same answer.
 const REPEATABLE: Duration = Duration::from_secs(24 * 3600);
+/// New chats are held.
+#[derive(Debug, Clone, Copy)]
+struct Hold {
+    until: u64,
+    /// WhatsApp's lock, of which it says more when it is asked.
+    lock: bool,
+}
+
+const HOUR: u64 = 3_600_000;
+const WEEK: u64 = 7 * 24 * HOUR;
+
+/// After this moment a message is not sent.
+fn deadline(record: &MessageRecord) -> u64 {
+    record.expires_at.map_or_else(|| record.send_at.unwrap_or_default().max(record.created_at).0 + WEEK, |at| at.0)
+}
 
 /// The ledger.
 #[derive(Debug, Default)]
 pub(crate) struct Promises {
     accepted: BTreeMap<MessageSeq, Accepted>,
+    /// When each was answered first.
+    accepted_at: HashMap<MessageSeq, u64>,
     answered: HashMap<IdempotencyKey, Answered>,
     /// What was kept when: since when, until when.
     retentions: Vec<(Timestamp, Option<Timestamp>, Retention)>,
@@ -58,10 +78,20 @@ pub(crate) struct Promises {
     visible: EventSeq,
     rungs: HashMap<MessageSeq, u8>,
     inbound: HashMap<InboundName, MessageSeq>,
+    /// Inbound messages that were told.
+    told: HashSet<MessageSeq>,
     chats: HashMap<u64, ChatNo>,
     /// Attempts handed to the session.
     transmitted: HashMap<MessageSeq, u16>,
     first_sent: HashMap<ChatNo, MessageSeq>,
+    /// Withdrawn, and answered so; or told to be expired.
+    withdrawn: HashSet<MessageSeq>,
+    /// Until when nobody who never wrote may be written to.
+    hold: Option<Hold>,
+    /// People who wrote, as far as the machine was told.
+    wrote: HashSet<u64>,
+    /// Rows without content: by person, direction and WhatsApp's id.
+    placeholders: HashMap<(u64, Direction, String), MessageSeq>,
     flying: HashMap<ChatNo, MessageSeq>,
     /// What people see: by person and WhatsApp's id.
     shown: HashMap<(u64, String), String>,
@@ -109,9 +139,15 @@ impl Promises {
         for change in changes {
             match change {
                 Change::Message(record) => self.message_flushed(record, changes, before),
+                Change::Filled(record) => self.fill_flushed(record, changes, before),
                 Change::Progress(seq, progress) => {
                     let old = before.progress.get(seq).map_or(0, |progress| rung(progress.status));
                     assert!(rung(progress.status) > old, "{seq:?} does not climb: {old} to {:?}", progress.status);
+                    if progress.status == MessageStatus::Expired {
+                        let due = before.messages.get(seq).map(|record| deadline(record));
+                        assert!(due.is_some_and(|due| due <= now.0), "{seq:?} expires before its time");
+                        self.withdrawn.insert(*seq);
+                    }
                 }
                 Change::Outbox(row) => {
                     let settled = before.progress.contains_key(&row.seq);
@@ -159,28 +195,68 @@ impl Promises {
 
     fn message_flushed(&mut self, record: &MessageRecord, changes: &[Change], before: &Records) {
         assert!(!before.messages.contains_key(&record.seq), "{:?} was written twice", record.seq);
+        let person = Self::person_of(record, changes, before);
+        if record.direction != Direction::Outbound {
+            let name = (person, record.direction, record.whatsapp_id.clone());
+            if record.content == Content::Undecryptable {
+                self.placeholders.insert(name, record.seq);
+            } else {
+                let beside = self.placeholders.get(&name);
+                assert_eq!(beside, None, "{:?} stands beside the row that waits for its content", record.seq);
+            }
+            let name = Self::inbound_name(person, record, changes);
+            let twice = self.inbound.insert(name, record.seq);
+            assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
+        }
+    }
+
+    fn person_of(record: &MessageRecord, changes: &[Change], before: &Records) -> u64 {
         let in_unit = changes.iter().find_map(|change| match change {
             Change::Chat(chat, contact) if *chat == record.chat => Some(contact),
             _ => None,
         });
         let contact = in_unit.or_else(|| before.chats.get(&record.chat));
         let Some(contact) = contact else { panic!("{:?} is filed in a chat nobody can find", record.seq) };
-        let person = people::person(contact);
-        if record.direction != Direction::Outbound {
-            // Also a number that only relays keeps the digest, which here is the text.
-            let digest = changes.iter().find_map(|change| match change {
-                Change::Seen(key, seq, _) if *seq == record.seq => Some(key.digest),
-                _ => None,
-            });
-            let Some(digest) = digest else { panic!("inbound {:?} is not marked as seen", record.seq) };
-            let text = String::from_utf8_lossy(&digest).trim_end_matches('\0').to_owned();
-            let name = (person, record.direction, record.whatsapp_id.clone(), text);
-            let twice = self.inbound.insert(name, record.seq);
-            assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
-        }
+        people::person(contact)
+    }
+
+    /// Also a number that only relays keeps the digest, which here is the text.
+    fn inbound_name(person: u64, record: &MessageRecord, changes: &[Change]) -> InboundName {
+        // The last one: a row may get its content in the unit that makes it.
+        let digest = changes.iter().rev().find_map(|change| match change {
+            Change::Seen(key, seq, _) if *seq == record.seq => Some(key.digest),
+            _ => None,
+        });
+        let Some(digest) = digest else { panic!("inbound {:?} is not marked as seen", record.seq) };
+        let text = String::from_utf8_lossy(&digest).trim_end_matches('\0').to_owned();
+        let text = if record.content == Content::Undecryptable { String::new() } else { text };
+        (person, record.direction, record.whatsapp_id.clone(), text)
+    }
+
+    fn fill_flushed(&mut self, record: &MessageRecord, changes: &[Change], before: &Records) {
+        let in_unit = changes.iter().find_map(|change| match change {
+            Change::Message(old) if old.seq == record.seq => Some(old),
+            _ => None,
+        });
+        let old = in_unit.or_else(|| before.messages.get(&record.seq).map(|old| &**old));
+        let Some(old) = old else { panic!("{:?} is filled and was never there", record.seq) };
+        assert_eq!(old.content, Content::Undecryptable, "{:?} is filled twice", record.seq);
+        let same =
+            MessageRecord { content: record.content.clone(), sender_name: record.sender_name.clone(), ..old.clone() };
+        assert_eq!(same, *record, "{:?} changes in more than its content", record.seq);
+        let person = Self::person_of(record, changes, before);
+        let name = (person, record.direction, record.whatsapp_id.clone());
+        assert_eq!(self.placeholders.remove(&name), Some(record.seq), "another row waits for this content");
+        let name = Self::inbound_name(person, record, changes);
+        let twice = self.inbound.insert(name, record.seq);
+        assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
     }
 
     fn event_flushed(&mut self, event: &Event) {
+        if let EventBody::Received(body) = &event.body {
+            assert!(!body.text.is_empty(), "{:?} is told although nobody can read it", body.message.seq);
+            assert!(self.told.insert(body.message.seq), "{:?} is told twice", body.message.seq);
+        }
         let EventBody::Outbound(body) = &event.body else { return };
         let told = self.rungs.entry(body.message.seq).or_default();
         assert!(rung(body.status) > *told, "{:?} is told to go from {told} to {:?}", body.message.seq, body.status);
@@ -210,6 +286,7 @@ impl Promises {
         } else {
             assert!(self.gone.contains(&seq), "{seq:?} was answered before it was durable");
         }
+        self.accepted_at.entry(seq).or_insert(now.0);
         if let Some((key, body)) = request {
             let first = *self.answered.entry(key).or_insert(Answered { body, seq, at: made_at });
             if now.since(first.at) < REPEATABLE {
@@ -254,6 +331,7 @@ impl Promises {
                 assert!(self.may_go(record.created_at, now), "{seq:?} goes while it is to be kept");
                 assert!(!before.outbox.contains_key(seq), "{seq:?} goes unsettled");
                 self.gone.insert(*seq);
+                self.placeholders.retain(|_, waiting| waiting != seq);
                 if let Some(accepted) = self.accepted.remove(seq) {
                     self.check(*seq, &accepted, before);
                 }
@@ -321,13 +399,100 @@ impl Promises {
         found.into_iter().flatten().next()
     }
 
+    /// One of the messages accepted lately.
+    pub(crate) fn some_accepted(&self, draw: u64) -> Option<MessageSeq> {
+        let recent = self.accepted.len().min(30);
+        let back = usize::try_from(draw).unwrap_or(0).checked_rem(recent)?;
+        self.accepted.keys().rev().nth(back).copied()
+    }
+
+    pub(crate) fn cancelled(&mut self, seq: MessageSeq, outcome: CancelOutcome, durable: &Records) {
+        let status = durable.progress.get(&seq).map(|progress| progress.status);
+        if self.gone.contains(&seq) {
+            return;
+        }
+        match outcome {
+            CancelOutcome::Cancelled => {
+                assert_eq!(status, Some(MessageStatus::Cancelled), "{seq:?} was answered before it was durable");
+                self.withdrawn.insert(seq);
+            }
+            CancelOutcome::NotFound => panic!("{seq:?} was accepted and is not found"),
+            CancelOutcome::InFlight => {}
+            CancelOutcome::AlreadySent => {
+                assert!(status.is_some_and(|status| rung(status) >= 2), "{seq:?}: {status:?}")
+            }
+            CancelOutcome::AlreadyFailed | CancelOutcome::AlreadyExpired => {
+                assert!(status.is_some_and(|status| rung(status) >= 1), "{seq:?}: {status:?}");
+            }
+        }
+    }
+
     pub(crate) fn inbound_acknowledged(&self, name: &InboundName) {
         assert!(self.inbound.contains_key(name), "inbound {name:?} was acknowledged before it was durable");
     }
 
     // === the wire ===
 
-    pub(crate) fn transmitting(&mut self, transmit: &Transmit, life: &Life, durable: &Records) {
+    /// WhatsApp's answer to an attempt reaches the machine.
+    pub(crate) fn answer_told(&mut self, error: Option<u16>, now: u64) {
+        let lock = error == Some(463);
+        if lock || error == Some(475) {
+            let until = now + 24 * HOUR;
+            if self.hold.is_none_or(|hold| hold.until <= until) {
+                self.hold = Some(Hold { until, lock });
+            }
+        }
+    }
+
+    /// WhatsApp's word on its lock reaches the machine.
+    pub(crate) fn lock_told(&mut self, answer: LockAnswer, now: u64) {
+        if let Some(hold) = self.hold.as_mut().filter(|hold| hold.lock && hold.until > now) {
+            hold.until = match answer {
+                LockAnswer::Until(at) => at.0,
+                LockAnswer::Open => now + 24 * HOUR,
+                LockAnswer::None => now + HOUR,
+            };
+        }
+    }
+
+    pub(crate) fn somebody_wrote(&mut self, person: u64) {
+        self.wrote.insert(person);
+    }
+
+    /// A message reaches WhatsApp.
+    pub(crate) fn not_withdrawn(&self, seq: MessageSeq) {
+        assert!(!self.withdrawn.contains(&seq), "{seq:?} reaches WhatsApp after it was withdrawn or expired");
+    }
+
+    fn in_time(&self, record: &MessageRecord, to: &Contact, now: u64) {
+        let seq = record.seq;
+        self.not_withdrawn(seq);
+        assert!(record.send_at.is_none_or(|at| at.0 <= now), "{seq:?} is transmitted before its time");
+        assert!(now < deadline(record), "{seq:?} is transmitted after its deadline");
+        let held = self.hold.is_some_and(|hold| now < hold.until) && !self.wrote.contains(&people::person(to));
+        assert!(!held, "{seq:?} opens a chat during a hold: {:?}", self.hold);
+    }
+
+    /// Sends of one chat leave in the order of acceptance; a scheduled one behind what waited when it was due.
+    fn in_order(&mut self, record: &MessageRecord, durable: &Records) {
+        let seq = record.seq;
+        let Some(at) = record.send_at.filter(|at| *at > record.created_at) else {
+            let last = self.first_sent.insert(record.chat, seq);
+            assert!(last < Some(seq), "{seq:?} follows {last:?} in one chat");
+            return;
+        };
+        let rows = durable.outbox.values().filter(|row| row.chat == record.chat && row.schedule == Schedule::AtOnce);
+        let overtaken = rows
+            .filter(|row| {
+                self.accepted_at.get(&row.seq).is_some_and(|answered| *answered < at.0)
+                    && !self.transmitted.contains_key(&row.seq)
+            })
+            .map(|row| row.seq)
+            .next();
+        assert_eq!(overtaken, None, "{seq:?} was scheduled and overtakes in {:?}", record.chat);
+    }
+
+    pub(crate) fn transmitting(&mut self, transmit: &Transmit, life: &Life, durable: &Records, now: u64) {
         let seq = transmit.seq;
         assert_eq!(life.state, State::Online, "{seq:?} is transmitted while the number is not online");
         let Some(row) = durable.outbox.get(&seq) else { panic!("{seq:?} is transmitted without a durable row") };
@@ -335,24 +500,24 @@ impl Promises {
         *sent += 1;
         assert!(*sent <= row.attempts, "{seq:?}: transmission {sent}, but {} attempts are durable", row.attempts);
         assert_eq!((&row.whatsapp_id, &row.to), (&transmit.whatsapp_id, &transmit.to), "{seq:?} changed its name");
-        if *sent == 1 {
-            let last = self.first_sent.insert(row.chat, seq);
-            assert!(last < Some(seq), "{seq:?} follows {last:?} in one chat");
+        let first = *sent == 1;
+        self.repeats += u64::from(!first);
+        let record = &durable.messages[&seq];
+        self.in_time(record, &transmit.to, now);
+        if first {
+            self.in_order(record, durable);
         }
         let other = self.flying.insert(row.chat, seq);
         assert_eq!(other, None, "{seq:?} leaves while its chat has one in flight");
         assert!(self.flying.len() <= switchboard::domain::outbox::IN_FLIGHT_MAX, "too many in flight");
         self.transmits += 1;
-        self.repeats += u64::from(*sent > 1);
     }
 
-    /// An attempt ended, as far as the machine has been told.
-    pub(crate) fn landed(&mut self, seq: MessageSeq, visible: &Records) {
-        if let Some(record) = visible.messages.get(&seq)
-            && self.flying.get(&record.chat) == Some(&seq)
-        {
-            self.flying.remove(&record.chat);
-        }
+    /// An attempt ended, as far as the machine has been told. Gives whether it was under way.
+    pub(crate) fn landed(&mut self, seq: MessageSeq, visible: &Records) -> bool {
+        let chat = visible.messages.get(&seq).map(|record| record.chat);
+        let flying = chat.filter(|chat| self.flying.get(chat) == Some(&seq));
+        flying.is_some_and(|chat| self.flying.remove(&chat).is_some())
     }
 
     /// Every attempt ended: the connection is gone.
@@ -455,6 +620,11 @@ impl Promises {
         self.visible = EventSeq(durable.counters.event);
         self.flying.clear();
         self.delivering.clear();
+        if !matches!(durable.limiter.new_chats, NewChats::Held { .. }) {
+            self.hold = None;
+        }
+        let wrote = self.inbound.keys().filter(|(_, direction, ..)| *direction == Direction::Inbound);
+        self.wrote = wrote.map(|(person, ..)| *person).collect();
         self.endpoints = durable
             .endpoints
             .iter()

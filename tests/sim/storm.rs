@@ -12,6 +12,8 @@ use super::world::{Figures, Happens, World};
 
 /// Longest time to settle: the longest webhook schedule and the longest ban fit in.
 const SETTLES_WITHIN: u64 = 80 * 3600 * 1000;
+/// Time between two things that the world does in a calm.
+const CALM_STIRS: u64 = 60_000;
 /// Time between two looks at the number by its operator.
 const NUDGE_EVERY: u64 = 60_000;
 
@@ -113,7 +115,8 @@ impl World {
     pub(crate) fn stir(&mut self) {
         let mut pause = 1 + self.rng.below(self.plan.pace);
         if self.calm {
-            return self.outside(1000, Happens::Stirs);
+            self.hand_over_if_online();
+            return self.outside(CALM_STIRS, Happens::Stirs);
         }
         self.check_bounds();
         if let Some(input) = self.needs_hand()
@@ -122,7 +125,8 @@ impl World {
             self.order(input);
         }
         match self.rng.below(100) {
-            0..40 => self.new_call(),
+            0..38 => self.new_call(),
+            38..40 => self.cancel_some(),
             40..45 => self.repeat_call(),
             45..72 => self.new_inbound(),
             72..77 => self.repeat_inbound(),

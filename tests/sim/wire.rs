@@ -4,9 +4,11 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use switchboard::domain::change::SeenKey;
 use switchboard::domain::close::CloseReason;
 use switchboard::domain::id::MessageSeq;
 use switchboard::domain::lifecycle::{self, Purpose, State};
+use switchboard::domain::limiter::LockAnswer;
 use switchboard::domain::message::{Content, Direction, FailureCode, MessageStatus, Progress};
 use switchboard::domain::number::{Arrived, Input, Receipted, Retry, Transmit};
 use switchboard::domain::time::Timestamp;
@@ -28,6 +30,7 @@ pub(crate) enum Wire {
     NotWritten(MessageSeq, Retry),
     Acked(String, Option<u16>),
     Receipts(Vec<String>, MessageStatus),
+    Lock(LockAnswer),
     Inbound(Vec<usize>),
     Closed(CloseReason),
 }
@@ -39,6 +42,7 @@ pub(crate) enum FromSession {
     NotWritten(MessageSeq, Retry),
     Acked(String, Option<u16>),
     Receipts(Vec<Receipted>, MessageStatus),
+    Lock(LockAnswer),
     Arrived(Vec<Arrived>, Vec<usize>),
     Closed(CloseReason),
 }
@@ -65,7 +69,10 @@ struct Inbound {
     known: Known,
     direction: Direction,
     whatsapp_id: String,
+    /// Empty: cannot be decrypted.
     text: String,
+    /// What it says once its sender repeats it.
+    repeated: Option<String>,
     /// Known here as durable: never sent again, except by mistake.
     acked: bool,
     /// The connection it was last handed to.
@@ -254,6 +261,7 @@ impl World {
             Wire::Alive => FromSession::Life(lifecycle::Input::Alive),
             Wire::NotWritten(seq, retry) => FromSession::NotWritten(seq, retry),
             Wire::Acked(whatsapp_id, error) => FromSession::Acked(whatsapp_id, error),
+            Wire::Lock(answer) => FromSession::Lock(answer),
             Wire::Closed(reason) => FromSession::Closed(reason),
             Wire::Receipts(whatsapp_ids, status) => {
                 let messages: Vec<_> = whatsapp_ids.iter().filter_map(|id| self.receipted(id)).collect();
@@ -287,19 +295,25 @@ impl World {
         let disk = &self.disk.visible;
         let chat = disk.chat_of(&contact);
         let digest = digest(&message.text);
-        let seen = chat.is_some_and(|chat| {
+        let key = chat.map(|chat| {
             let (direction, whatsapp_id) = (message.direction, message.whatsapp_id.clone());
-            disk.seen.contains(&switchboard::domain::change::SeenKey { chat, direction, whatsapp_id, digest })
+            SeenKey { chat, direction, whatsapp_id, digest }
         });
+        let seen = key.as_ref().is_some_and(|key| disk.seen.contains_key(key));
+        let placeholder = if seen { None } else { key.and_then(|key| disk.placeholder(key)) };
+        let content =
+            if message.text.is_empty() { Content::Undecryptable } else { Content::Text(message.text.clone()) };
         Arrived {
             contact,
             chat,
             seen,
+            standing: disk.standing(chat),
+            placeholder: placeholder.map(Box::new),
             direction: message.direction,
             whatsapp_id: message.whatsapp_id.clone(),
             digest,
             sender_name: None,
-            content: Content::Text(message.text.clone()),
+            content,
             written_at: Timestamp(self.now),
         }
     }
@@ -318,8 +332,10 @@ impl World {
                 self.step(Input::NotWritten { seq, retry });
             }
             FromSession::Acked(whatsapp_id, error) => {
-                if let Some(seq) = self.disk.visible.whatsapp_ids.get(&whatsapp_id).copied() {
-                    self.promises.landed(seq, &self.disk.visible);
+                if let Some(seq) = self.disk.visible.whatsapp_ids.get(&whatsapp_id).copied()
+                    && self.promises.landed(seq, &self.disk.visible)
+                {
+                    self.promises.answer_told(error, self.now);
                 }
                 self.step(Input::Acked { whatsapp_id, error });
             }
@@ -327,9 +343,18 @@ impl World {
                 for message in &messages {
                     self.promises.landed(message.seq, &self.disk.visible);
                 }
-                self.step(Input::Receipts { messages, status, at: Timestamp(self.now) });
+                let reply = self.reply_id();
+                self.waiters.insert(reply, Waiter::Receipts);
+                self.step(Input::Receipts { messages, status, at: Timestamp(self.now), reply });
+            }
+            FromSession::Lock(answer) => {
+                self.promises.lock_told(answer, self.now);
+                self.step(Input::Lock(answer));
             }
             FromSession::Arrived(messages, which) => {
+                for message in messages.iter().filter(|message| message.direction == Direction::Inbound) {
+                    self.promises.somebody_wrote(people::person(&message.contact));
+                }
                 let reply = self.reply_id();
                 self.waiters.insert(reply, Waiter::Inbound(no, which));
                 self.step(Input::Arrived(messages, reply));
@@ -348,7 +373,7 @@ impl World {
     pub(crate) fn transmit(&mut self, transmit: Transmit) {
         let life = self.number.as_ref().map(|number| number.life().clone());
         let Some(life) = life else { return };
-        self.promises.transmitting(&transmit, &life, &self.disk.durable);
+        self.promises.transmitting(&transmit, &life, &self.disk.durable, self.now);
         let Some(session) = &self.session else { panic!("a message is transmitted without a session") };
         assert!(session.real, "a message is transmitted without a session");
         let no = session.no;
@@ -380,7 +405,11 @@ impl World {
             return self.cut();
         }
         if self.fault(self.plan.refused) {
-            let error = self.rng.pick(&[404, 463, 479, 429, 503, 503, 999]);
+            let error = if self.rng.chance(self.plan.locked) {
+                self.rng.pick(&[463, 475])
+            } else {
+                self.rng.pick(&[400, 404, 421, 479, 429, 500, 503, 503, 999])
+            };
             let delay = self.hop();
             self.outside(delay, Happens::Emits(no, Wire::Acked(transmit.whatsapp_id.clone(), Some(error))));
             if self.fault(self.plan.ack_odd) {
@@ -391,8 +420,20 @@ impl World {
         self.server_takes(no, transmit, content);
     }
 
+    /// WhatsApp says how long new chats are locked, if it says anything.
+    pub(crate) fn ask_lock(&mut self) {
+        let Some(no) = self.session.as_ref().map(|session| session.no) else { return };
+        let until = Timestamp(self.now + self.rng.below(7_200_000));
+        let answers = [Some(LockAnswer::Until(until)), Some(LockAnswer::Open), Some(LockAnswer::None), None];
+        let delay = self.hop() * 2;
+        if let Some(answer) = self.rng.pick(&answers) {
+            self.outside(delay, Happens::Emits(no, Wire::Lock(answer)));
+        }
+    }
+
     fn server_takes(&mut self, no: u64, transmit: &Transmit, content: &Content) {
         let shows = self.promises.arrived_at_phone(transmit, content.text());
+        self.promises.not_withdrawn(transmit.seq);
         let acks = if self.fault(self.plan.ack_odd) { self.rng.below(3) } else { 1 };
         for _ in 0..acks {
             let delay = self.hop();
@@ -440,12 +481,16 @@ impl World {
         };
         let direction = if self.rng.chance(100) { Direction::OwnDevice } else { Direction::Inbound };
         let text = format!("in {count}");
-        self.whatsapp.inbound.push(Inbound { person, known, direction, whatsapp_id, text, acked: false, given_to: 0 });
+        let (text, repeated) =
+            if self.rng.chance(self.plan.opaque) { (String::new(), Some(text)) } else { (text, None) };
+        let (acked, given_to) = (false, 0);
+        let message = Inbound { person, known, direction, whatsapp_id, text, repeated, acked, given_to };
+        self.whatsapp.inbound.push(message);
         self.whatsapp.unacked += 1;
         self.hand_over_if_online();
     }
 
-    fn hand_over_if_online(&mut self) {
+    pub(crate) fn hand_over_if_online(&mut self) {
         if let Some(session) = self.session.as_ref().filter(|session| session.online && !session.dead) {
             let no = session.no;
             self.hand_over(no);
@@ -505,12 +550,28 @@ impl World {
             return;
         }
         for index in which {
+            self.repeat_readable(*index);
             let message = &mut self.whatsapp.inbound[*index];
             self.whatsapp.unacked -= usize::from(!message.acked);
             message.acked = true;
             if message.known == Known::Both && !self.whatsapp.both_known.contains(&message.person) {
                 self.whatsapp.both_known.push(message.person);
             }
+        }
+    }
+
+    /// The sender of a message that could not be decrypted is asked for it again, and repeats it sooner or later.
+    fn repeat_readable(&mut self, index: usize) {
+        let message = &mut self.whatsapp.inbound[index];
+        let Some(text) = message.repeated.take() else { return };
+        let (person, known, direction) = (message.person, message.known, message.direction);
+        let whatsapp_id = message.whatsapp_id.clone();
+        let (repeated, acked, given_to) = (None, false, 0);
+        let message = Inbound { person, known, direction, whatsapp_id, text, repeated, acked, given_to };
+        self.whatsapp.inbound.push(message);
+        self.whatsapp.unacked += 1;
+        if self.rng.chance(500) {
+            self.hand_over_if_online();
         }
     }
 

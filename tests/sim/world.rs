@@ -9,7 +9,9 @@ use switchboard::domain::delivery::{Attempted, DeliveryRow, LoadPage, WINDOW_MAX
 use switchboard::domain::id::{EventSeq, NumberId};
 use switchboard::domain::lifecycle::{self, Purpose, State};
 use switchboard::domain::message::{Content, MessageStatus};
-use switchboard::domain::number::{Effect, Input, Number, Reply, ReplyId, SendRequest, Ticket, Transmit};
+use switchboard::domain::number::{
+    CancelTarget, Effect, Input, Number, Reply, ReplyId, SendRequest, SendingRules, Ticket, Transmit,
+};
 use switchboard::domain::retention::{Found, Sweep};
 use switchboard::domain::time::Timestamp;
 
@@ -52,6 +54,7 @@ pub(crate) enum Happens {
     Receipt(String, MessageStatus),
     Asks(usize),
     Send(Box<SendRequest>, usize, u64),
+    Cancels(Vec<CancelTarget>),
     ReadsRecord(ReplyId, IdempotencyKey, [u8; 32]),
     ReadsPage(LoadPage),
     Page(u32, Vec<DeliveryRow>),
@@ -266,6 +269,7 @@ impl World {
             Happens::Receipt(whatsapp_id, status) => self.receipt(whatsapp_id, status),
             Happens::Asks(call) => self.caller_asks(call),
             Happens::Send(request, call, incarnation) => self.send(request, call, incarnation),
+            Happens::Cancels(targets) => self.cancels(targets),
             Happens::ReadsRecord(reply, key, body) => self.read_record(reply, key, body),
             Happens::ReadsPage(page) => self.read_page(page),
             Happens::Page(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows)),
@@ -363,6 +367,7 @@ impl World {
             }
             Effect::Life(effect) => self.perform_life(effect),
             Effect::Transmit(transmit) => self.transmit(transmit),
+            Effect::AskLock => self.ask_lock(),
             Effect::Reply(reply, answer) => self.reply(reply, answer),
             Effect::ReplyFromRecord(reply, key, body) => {
                 self.figures.conflicts += 1;
@@ -503,8 +508,9 @@ impl World {
     fn boot(&mut self) {
         self.incarnation += 1;
         self.note(|| "BOOT".to_owned());
+        let sending = SendingRules { limits: self.plan.limits, on_unknown: self.plan.on_unknown };
         let snapshot = self.disk.visible.snapshot(self.disk.has_credentials, self.plan.rules);
-        let (number, effects) = Number::restore(NUMBER, snapshot, self.plan.limits, Timestamp(self.now));
+        let (number, effects) = Number::restore(NUMBER, snapshot, sending, Timestamp(self.now));
         self.number = Some(number);
         self.perform(effects);
         self.step(Input::Tick);
@@ -549,6 +555,8 @@ impl World {
                 assert_eq!(answer, Reply::InboundDurable);
                 self.inbound_durable(no, which);
             }
+            Waiter::Receipts => assert_eq!(answer, Reply::InboundDurable),
+            Waiter::Cancel(asked) => self.cancel_answered(&asked, &answer),
             Waiter::AddEndpoint => self.endpoint_answered(answer),
             Waiter::RemoveEndpoint => {}
         }

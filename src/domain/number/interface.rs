@@ -1,13 +1,15 @@
 //! What can happen to a number and what follows from it: the words its machine speaks with the shell.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey};
 use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint, LoadPage};
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
 use crate::domain::lifecycle::{self, Life, State};
-use crate::domain::message::{Content, Direction, FailureCode, MessageStatus, Progress};
-use crate::domain::outbox::OutboxRow;
+use crate::domain::limiter::{LimiterRecord, Limits, LockAnswer, LockReason};
+use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
+use crate::domain::outbox::{Devices, OutboxRow, Standing};
 use crate::domain::phone::Contact;
 use crate::domain::retention::{Found, Retention, Rules, Sweep};
 use crate::domain::time::Timestamp;
@@ -27,8 +29,14 @@ pub struct SendRequest {
     pub to: Contact,
     /// Their chat, if the disk knew it.
     pub chat: Option<ChatNo>,
+    /// Whether they ever wrote, as far as the disk knew.
+    pub standing: Standing,
     /// What to say.
     pub content: Content,
+    /// Not before this moment.
+    pub send_at: Option<Timestamp>,
+    /// Not after this moment; `None` is the default deadline.
+    pub expires_at: Option<Timestamp>,
     /// WhatsApp's id for it, chosen now and kept for every attempt.
     pub whatsapp_id: String,
     /// The caller's own reference.
@@ -46,6 +54,10 @@ pub struct Arrived {
     pub chat: Option<ChatNo>,
     /// Whether the disk has it already.
     pub seen: bool,
+    /// Whether the other side ever wrote, as far as the disk knew.
+    pub standing: Standing,
+    /// The row on disk that stands for this message and has no content yet.
+    pub placeholder: Option<Box<MessageRecord>>,
     /// Inbound, or our own from another device.
     pub direction: Direction,
     /// WhatsApp's id.
@@ -75,6 +87,66 @@ pub struct Receipted {
     pub correlation_id: Option<String>,
     /// Its progress on disk.
     pub progress: Progress,
+}
+
+/// A message somebody wants to withdraw, resolved against the disk by the shell.
+#[derive(Debug, Clone, Copy)]
+pub struct CancelTarget {
+    /// Its history row.
+    pub seq: MessageSeq,
+    /// Its progress on disk; `None`: there is no such outbound message.
+    pub stored: Option<Progress>,
+}
+
+/// What became of one message that was to be withdrawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CancelOutcome {
+    /// It is withdrawn, now or before, and will never be sent.
+    Cancelled,
+    /// There is no such message.
+    NotFound,
+    /// It is on its way, or an attempt of unknown outcome was made.
+    InFlight,
+    /// WhatsApp has it.
+    AlreadySent,
+    /// It failed before.
+    AlreadyFailed,
+    /// Its deadline passed before.
+    AlreadyExpired,
+}
+
+impl CancelOutcome {
+    /// The public name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Cancelled => "CANCELED",
+            Self::NotFound => "NOT_FOUND",
+            Self::InFlight => "IN_FLIGHT",
+            Self::AlreadySent => "ALREADY_SENT",
+            Self::AlreadyFailed => "ALREADY_FAILED",
+            Self::AlreadyExpired => "ALREADY_EXPIRED",
+        }
+    }
+}
+
+/// What is done with a message whose last attempt may have arrived when its answer was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnUnknown {
+    /// Sent again under the same id: the recipient's WhatsApp shows it once.
+    #[default]
+    Resend,
+    /// Failed, unless a receipt proves that it arrived: never twice on the wire, perhaps never at all.
+    Fail,
+}
+
+/// What a number may send, and what it does in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SendingRules {
+    /// What it may send.
+    pub limits: Limits,
+    /// What is done in doubt.
+    pub on_unknown: OnUnknown,
 }
 
 /// What can happen to a number.
@@ -108,7 +180,13 @@ pub enum Input {
         status: MessageStatus,
         /// By WhatsApp's clock.
         at: Timestamp,
+        /// Answered when what follows from it is durable.
+        reply: ReplyId,
     },
+    /// What WhatsApp says of its lock on new chats.
+    Lock(LockAnswer),
+    /// Somebody withdraws messages.
+    Cancel(Vec<CancelTarget>, ReplyId),
     /// Messages arrived and must become durable before the reply.
     Arrived(Vec<Arrived>, ReplyId),
     /// Somebody adds a webhook endpoint; its ordinal is given here.
@@ -166,8 +244,10 @@ pub enum Reply {
     EndpointRemoved,
     /// There is no such endpoint.
     NoSuchEndpoint,
-    /// The messages are durable.
+    /// The messages, or what follows from the receipts, are durable.
     InboundDurable,
+    /// What became of each message, in the order asked; durable.
+    Cancelled(Vec<(MessageSeq, CancelOutcome)>),
 }
 
 /// A transmission order for the session.
@@ -181,6 +261,8 @@ pub struct Transmit {
     pub to: Contact,
     /// What to say, if it is still at hand; otherwise it is read from the history.
     pub content: Option<Content>,
+    /// Whether the recipient's devices must be asked for first.
+    pub devices: Devices,
 }
 
 /// Changes that become durable together.
@@ -205,6 +287,8 @@ pub enum Effect {
     Life(lifecycle::Effect),
     /// Hand a message to the session.
     Transmit(Transmit),
+    /// Ask WhatsApp until when new chats are locked; answered by [`Input::Lock`], or not at all.
+    AskLock,
     /// Answer a caller.
     Reply(ReplyId, Reply),
     /// The request id is known: answer from its record, or refuse if the question was another.
@@ -247,6 +331,8 @@ pub enum Counted {
     Swept(u64),
     /// The number went through everything it may forget.
     SweepPassed,
+    /// WhatsApp refused to open a chat: new ones are held.
+    Held(LockReason),
 }
 
 /// What a number is rebuilt from.
@@ -260,6 +346,10 @@ pub struct Snapshot {
     pub counters: Counters,
     /// Unsettled sends, in order.
     pub outbox: Vec<OutboxRow>,
+    /// Their chats in which the other side has written.
+    pub warm: HashSet<ChatNo>,
+    /// State of the limiter.
+    pub limiter: LimiterRecord,
     /// Endpoints, each with the rows queued for it.
     pub endpoints: Vec<(Endpoint, u64)>,
     /// How long things are kept.

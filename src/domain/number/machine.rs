@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::interface::{Commit, Effect, Input, Reply, ReplyId, Snapshot, Ticket, Transmit};
+use super::interface::{Commit, Effect, Input, Reply, ReplyId, SendingRules, Snapshot, Ticket, Transmit};
 use super::retaining::Retaining;
 use crate::domain::ack;
 use crate::domain::change::{Change, Counters, IdempotencyKey, SeenKey};
@@ -11,16 +11,26 @@ use crate::domain::delivery::{Deliveries, DeliveryRow, Endpoint};
 use crate::domain::event::EventBody;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq, NumberId};
 use crate::domain::lifecycle::{Desired, Life, Purpose, State};
-use crate::domain::limiter::{Limiter, Limits};
-use crate::domain::message::{Content, Progress};
-use crate::domain::outbox::{Outbox, OutboxRow};
+use crate::domain::limiter::{Limiter, NewChats};
+use crate::domain::message::{Content, MessageRecord, Progress};
+use crate::domain::outbox::{Outbox, OutboxRow, Standing, Unsettled};
 use crate::domain::time::Timestamp;
 
 /// What waits for a commit.
 #[derive(Debug, Clone)]
 pub(super) enum Then {
-    Accepted { row: OutboxRow, content: Content, reply: ReplyId, wait: Option<Duration>, claimed: bool },
-    Claimed { seq: MessageSeq, attempts: u16 },
+    Accepted {
+        row: OutboxRow,
+        standing: Standing,
+        content: Content,
+        reply: ReplyId,
+        wait: Option<Duration>,
+        claimed: bool,
+    },
+    Claimed {
+        seq: MessageSeq,
+        attempts: u16,
+    },
     Reply(ReplyId, Reply),
     Enqueued(u32, DeliveryRow),
     EventsVisible(EventSeq),
@@ -51,19 +61,26 @@ pub struct Number {
     pub(super) life: Life,
     pub(super) counters: Counters,
     pub(super) outbox: Outbox,
+    pub(super) sending: SendingRules,
     pub(super) limiter: Limiter,
+    pub(super) new_chats: NewChats,
     pub(super) deliveries: Deliveries,
     pub(super) pending: VecDeque<Pending>,
     pub(super) accepting: usize,
     pub(super) next_ticket: u64,
     pub(super) fresh_chats: VecDeque<(String, ChatNo)>,
+    pub(super) recent_heard: VecDeque<ChatNo>,
     pub(super) recent_seen: VecDeque<SeenKey>,
+    pub(super) recent_placeholders: VecDeque<(SeenKey, MessageRecord)>,
+    pub(super) recent_filled: VecDeque<MessageSeq>,
     pub(super) recent_progress: VecDeque<(MessageSeq, Progress)>,
     pub(super) draining: bool,
     /// Since when the connection is not trusted any more and was asked to close.
     pub(super) distrusted_since: Option<Timestamp>,
     pub(super) send_wake: Option<Timestamp>,
     pub(super) retaining: Retaining,
+    /// More is due than one step may write: when the next step should be.
+    pub(super) catch_up: Option<Timestamp>,
 }
 
 /// Changes being gathered by one step.
@@ -81,7 +98,7 @@ pub(super) struct Draft {
 impl Number {
     /// Rebuilds a number from disk. The first step should be a `Tick`.
     #[must_use]
-    pub fn restore(id: NumberId, snapshot: Snapshot, limits: Limits, now: Timestamp) -> (Self, Vec<Effect>) {
+    pub fn restore(id: NumberId, snapshot: Snapshot, sending: SendingRules, now: Timestamp) -> (Self, Vec<Effect>) {
         let is_new = snapshot.life.is_none();
         let life = snapshot.life.map_or_else(|| Life::new(now), |life| life.revived(snapshot.has_credentials, now));
         let mut deliveries = Deliveries::default();
@@ -93,19 +110,25 @@ impl Number {
             id,
             life,
             counters: snapshot.counters,
-            outbox: Outbox::restore(snapshot.outbox),
-            limiter: Limiter::new(limits),
+            outbox: Outbox::restore(snapshot.outbox, &snapshot.warm),
+            sending,
+            limiter: Limiter::new(sending.limits),
+            new_chats: snapshot.limiter.new_chats,
             deliveries,
             pending: VecDeque::new(),
             accepting: 0,
             next_ticket: 0,
             fresh_chats: VecDeque::new(),
+            recent_heard: VecDeque::new(),
             recent_seen: VecDeque::new(),
+            recent_placeholders: VecDeque::new(),
+            recent_filled: VecDeque::new(),
             recent_progress: VecDeque::new(),
             draining: false,
             distrusted_since: None,
             send_wake: None,
             retaining: Retaining::new(snapshot.rules, id, now),
+            catch_up: None,
         };
         let mut draft = Draft::default();
         number.agree_with_retention(&mut draft);
@@ -142,6 +165,12 @@ impl Number {
         if self.life.state == State::Online { self.limiter.available(now) } else { 0 }
     }
 
+    /// Whether it may write to people who never wrote to it.
+    #[must_use]
+    pub fn new_chats(&self) -> NewChats {
+        self.new_chats
+    }
+
     /// The last event recorded.
     #[must_use]
     pub fn last_event(&self) -> EventSeq {
@@ -158,8 +187,15 @@ impl Number {
             return ack_due;
         }
         let sends = if self.life.state == State::Online { self.send_wake } else { None };
+        let hold = match self.new_chats {
+            NewChats::Held { until, .. } => Some(until),
+            NewChats::Allowed | NewChats::Probing => None,
+        };
+        let due = [self.outbox.next_due(), self.outbox.next_deadline()].into_iter().flatten().min();
+        let due = self.catch_up.or(due);
         let sweep = self.retaining.next_wake();
-        [self.life.state.next_attempt(), sends, ack_due, self.deliveries.next_due(), sweep].into_iter().flatten().min()
+        let others = [self.life.state.next_attempt(), sends, ack_due, hold, due, self.deliveries.next_due(), sweep];
+        others.into_iter().flatten().min()
     }
 
     /// One step.
@@ -171,7 +207,12 @@ impl Number {
             Input::Stored(ticket, written) => self.on_stored(ticket, written, now, &mut draft),
             Input::NotWritten { seq, retry } => self.on_not_written(seq, retry, now, &mut draft),
             Input::Acked { whatsapp_id, error } => self.on_acked(&whatsapp_id, error, now, &mut draft),
-            Input::Receipts { messages, status, at } => self.on_receipts(messages, status, at, now, &mut draft),
+            Input::Receipts { messages, status, at, reply } => {
+                self.on_receipts(messages, status, at, now, &mut draft);
+                self.reply_when_durable(reply, &mut draft);
+            }
+            Input::Lock(answer) => self.on_lock(answer, now, &mut draft),
+            Input::Cancel(targets, reply) => self.on_cancel(targets, reply, now, &mut draft),
             Input::Arrived(messages, reply) => self.on_arrived(messages, reply, now, &mut draft),
             Input::AddEndpoint(endpoint, reply) => self.on_add_endpoint(endpoint, reply, &mut draft),
             Input::RemoveEndpoint(ordinal, reply) => self.on_remove_endpoint(ordinal, reply, &mut draft),
@@ -190,6 +231,7 @@ impl Number {
 
     /// Ends a step: sends and deliveries that may go now, then the commit before everything else.
     pub(super) fn finish(&mut self, mut draft: Draft, now: Timestamp) -> Vec<Effect> {
+        self.keep_time(now, &mut draft);
         self.pump_sends(now, &mut draft);
         for (endpoint, row) in if self.draining { Vec::new() } else { self.deliveries.take_due(now) } {
             draft.effects.push(Effect::Deliver(endpoint, row));
@@ -243,11 +285,11 @@ impl Number {
         let mut visible = None;
         for then in pending.then {
             match then {
-                Then::Accepted { row, content, reply, wait, claimed } => {
+                Then::Accepted { row, standing, content, reply, wait, claimed } => {
                     self.accepting = self.accepting.saturating_sub(1);
                     let accepted = Reply::Accepted { seq: row.seq, created_at: row.created_at, predicted_wait: wait };
                     draft.effects.push(Effect::Reply(reply, accepted));
-                    self.admit(row, content, claimed, now, draft);
+                    self.admit(row, standing, content, claimed, now, draft);
                 }
                 Then::Claimed { seq, attempts } => self.transmit(seq, attempts, None, now, draft),
                 Then::Reply(reply, answer) => draft.effects.push(Effect::Reply(reply, answer)),
@@ -267,19 +309,21 @@ impl Number {
     pub(super) fn admit(
         &mut self,
         mut row: OutboxRow,
+        standing: Standing,
         content: Content,
         claimed: bool,
         now: Timestamp,
         draft: &mut Draft,
     ) {
-        let (seq, attempts) = (row.seq, row.attempts);
+        let (seq, chat, attempts) = (row.seq, row.chat, row.attempts);
+        let standing = if self.recent_heard.contains(&chat) { Standing::Warm } else { standing };
         if !claimed {
-            self.outbox.push(row);
+            self.outbox.push(row, standing);
             return;
         }
         // The claim counts the attempt that was written with the row.
         row.attempts -= 1;
-        self.outbox.push(row);
+        self.outbox.push(row, standing);
         if self.may_transmit() && self.outbox.claim(seq).is_some() {
             self.transmit(seq, attempts, Some(content), now, draft);
         }
@@ -293,13 +337,30 @@ impl Number {
         now: Timestamp,
         draft: &mut Draft,
     ) {
-        if !self.may_transmit() || !self.outbox.on_wire(seq, attempts, now) {
+        if !self.may_transmit() || !self.outbox.is_claimed(seq, attempts) {
             return;
         }
-        if let Some(row) = self.outbox.row(seq) {
-            let (whatsapp_id, to) = (row.whatsapp_id.clone(), row.to.clone());
-            draft.effects.push(Effect::Transmit(Transmit { seq, whatsapp_id, to, content }));
+        let Some(row) = self.outbox.row(seq) else { return };
+        // The disk took its time: what was right when it was claimed may not be any more.
+        if row.deadline() <= now || self.is_held(self.outbox.standing(row.chat)) {
+            let devices = row.devices;
+            self.outbox.give_back(seq, Unsettled::NotThrough, devices, Timestamp(0));
+            return;
         }
+        let (whatsapp_id, to, devices) = (row.whatsapp_id.clone(), row.to.clone(), row.devices);
+        if self.outbox.on_wire(seq, attempts, now) {
+            draft.effects.push(Effect::Transmit(Transmit { seq, whatsapp_id, to, content, devices }));
+        }
+    }
+
+    /// Answers when everything written so far is durable: what made an input say nothing new may still be on its way.
+    pub(super) fn reply_when_durable(&mut self, reply: ReplyId, draft: &mut Draft) {
+        if draft.changes.is_empty() && self.pending.is_empty() {
+            draft.effects.push(Effect::Reply(reply, Reply::InboundDurable));
+            return;
+        }
+        draft.durable = true;
+        draft.then.push(Then::Reply(reply, Reply::InboundDurable));
     }
 
     pub(super) fn next_message(&mut self) -> MessageSeq {
@@ -324,20 +385,26 @@ impl Number {
 mod tests {
     use super::*;
     use crate::domain::lifecycle;
+    use crate::domain::limiter::Limits;
+    use crate::domain::number::OnUnknown;
     use crate::domain::number::SendRequest;
     use crate::domain::phone::{Contact, Phone};
 
+    const RULES: SendingRules = SendingRules { limits: Limits::LINKED, on_unknown: OnUnknown::Resend };
     const NOW: Timestamp = Timestamp(1_000_000);
 
     fn number() -> Number {
-        Number::restore(NumberId(1), Snapshot::default(), Limits::LINKED, NOW).0
+        Number::restore(NumberId(1), Snapshot::default(), RULES, NOW).0
     }
 
     fn send(phone: &str, request: Option<u8>) -> Input {
         let request = SendRequest {
             to: Contact::of_phone(Phone::parse(phone).unwrap()),
             chat: None,
+            standing: Standing::New,
             content: Content::Text("hello".to_owned()),
+            send_at: None,
+            expires_at: None,
             whatsapp_id: phone.to_owned(),
             correlation_id: None,
             idempotency: request.map(|id| (IdempotencyKey([id; 16]), [0; 32])),

@@ -7,9 +7,10 @@ mod machine;
 mod receiving;
 mod retaining;
 mod sending;
+mod timely;
 mod webhooks;
 
-pub use interface::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
-pub use interface::{Commit, Counted, Effect, Input, Reply, Retry, Transmit};
+pub use interface::{Arrived, CancelOutcome, CancelTarget, OnUnknown, Receipted, ReplyId, SendingRules};
+pub use interface::{Commit, Counted, Effect, Input, Reply, Retry, SendRequest, Snapshot, Ticket, Transmit};
 pub use machine::Number;
 pub use sending::{IDEMPOTENCY_KEPT, QUEUE_MAX};

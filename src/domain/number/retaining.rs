@@ -78,6 +78,11 @@ impl Retaining {
         self.rules.retention == Retention::RelayOnly
     }
 
+    /// Whether a settled history row is gone or about to go.
+    pub(super) fn is_gone(&self, seq: MessageSeq) -> bool {
+        seq <= self.gone_through
+    }
+
     /// A chat gets a message, by a commit no later than this one.
     pub(super) fn chat_used(&mut self, chat: ChatNo, commit: Ticket) {
         self.pending_chats.push_back((commit, chat));

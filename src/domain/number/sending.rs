@@ -2,19 +2,20 @@
 
 use std::time::Duration;
 
-use super::interface::{Counted, Effect, Receipted, Reply, ReplyId, Retry, SendRequest};
+use super::interface::{Counted, Effect, OnUnknown, Receipted, Reply, ReplyId, Retry, SendRequest};
 use super::machine::{Draft, Number, Then, UnlessKnown};
 use crate::domain::ack;
 use crate::domain::change::{Change, IdempotencyRecord};
 use crate::domain::event::{EventBody, OutboundEvent};
 use crate::domain::id::{ChatNo, MessageId, MessageSeq};
 use crate::domain::lifecycle::State;
-use crate::domain::limiter::LimitLayer;
+use crate::domain::limiter::{LimitLayer, NewChats};
 use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
-use crate::domain::outbox::{IN_FLIGHT_MAX, OutboxRow};
+use crate::domain::outbox::{DEADLINE_DEFAULT, Devices, IN_FLIGHT_MAX, OutboxRow, Schedule, Standing, Unsettled};
+use crate::domain::phone::Contact;
 use crate::domain::time::Timestamp;
 
-/// Accepted and unsettled sends per number; more are refused.
+/// Accepted and unsettled sends per number, scheduled ones included; more are refused.
 pub const QUEUE_MAX: usize = 10_000;
 /// How long the answer to a request id is kept.
 pub const IDEMPOTENCY_KEPT: Duration = Duration::from_secs(25 * 3600);
@@ -33,10 +34,16 @@ impl Number {
         }
         self.accepting += 1;
         let chat = self.chat_for(&request.to, request.chat, draft);
+        let standing = if self.recent_heard.contains(&chat) { Standing::Warm } else { request.standing };
         let seq = self.next_message();
+        let scheduled = request.send_at.filter(|at| *at > now);
+        let expires_at = request.expires_at.unwrap_or_else(|| scheduled.unwrap_or(now).after(DEADLINE_DEFAULT));
         let claimed = self.may_transmit()
+            && scheduled.is_none()
+            && expires_at > now
             && self.outbox.is_idle(chat)
             && !self.is_accepting_for(chat)
+            && (standing == Standing::Warm || self.room_for_new() > 0)
             && self.limiter.try_take(chat, now).is_ok();
         let relays_only = self.retaining.relays_only();
         let row = OutboxRow {
@@ -49,6 +56,11 @@ impl Number {
             // An attempt that can follow at once is counted in the same write.
             attempts: u16::from(claimed),
             not_before: Timestamp(0),
+            schedule: scheduled.map_or(Schedule::AtOnce, Schedule::At),
+            expires_at: Some(expires_at),
+            answered: 0,
+            refusals: 0,
+            devices: Devices::AsKnown,
         };
         let message = MessageRecord {
             seq,
@@ -60,18 +72,15 @@ impl Number {
             sender_name: None,
             created_at: now,
             written_at: now,
+            send_at: request.send_at,
+            expires_at: request.expires_at,
         };
         let mut changes = vec![Change::Message(message), Change::Outbox(row.clone()), Change::Counters(self.counters)];
         if relays_only {
             changes.push(Change::Body(seq, request.content.clone()));
         }
-        let position = self.outbox.len().saturating_sub(self.outbox.in_flight()) + self.accepting - 1;
-        let wait = match (claimed, self.may_transmit()) {
-            (true, _) => Some(Duration::ZERO),
-            (false, true) => Some(self.limiter.predicted(position, now).since(now)),
-            (false, false) => None,
-        };
-        let then = Then::Accepted { row, content: request.content, reply, wait, claimed };
+        let wait = if claimed { Some(Duration::ZERO) } else { self.predicted_wait(scheduled, standing, now) };
+        let then = Then::Accepted { row, standing, content: request.content, reply, wait, claimed };
         match request.idempotency {
             None => {
                 draft.changes.extend(changes);
@@ -102,8 +111,35 @@ impl Number {
         draft.conditional = Some((unless_known, changes, then));
     }
 
+    /// How long the newest send will probably wait; unknown while the number cannot send.
+    fn predicted_wait(&self, scheduled: Option<Timestamp>, standing: Standing, now: Timestamp) -> Option<Duration> {
+        if !self.may_transmit() {
+            return None;
+        }
+        let position = self.outbox.waiting() + self.accepting - 1;
+        let turn = self.limiter.predicted(position, now);
+        let held = match self.new_chats {
+            NewChats::Held { until, .. } if standing == Standing::New => until,
+            _ => now,
+        };
+        Some(turn.max(held).max(scheduled.unwrap_or(now)).since(now))
+    }
+
     pub(super) fn may_transmit(&self) -> bool {
         self.life.state == State::Online && self.distrusted_since.is_none()
+    }
+
+    pub(super) fn is_held(&self, standing: Standing) -> bool {
+        standing == Standing::New && matches!(self.new_chats, NewChats::Held { .. })
+    }
+
+    /// How many sends to people who never wrote may leave now.
+    fn room_for_new(&self) -> usize {
+        match self.new_chats {
+            NewChats::Allowed => IN_FLIGHT_MAX,
+            NewChats::Held { .. } => 0,
+            NewChats::Probing => 1_usize.saturating_sub(self.outbox.in_flight_new()),
+        }
     }
 
     pub(super) fn is_accepting_for(&self, chat: ChatNo) -> bool {
@@ -117,19 +153,33 @@ impl Number {
             return;
         }
         let mut chosen = Vec::new();
+        let mut in_doubt = Vec::new();
         let mut room = IN_FLIGHT_MAX.saturating_sub(self.outbox.in_flight());
-        for row in self.outbox.ready() {
-            if room == 0 {
+        let mut room_for_new = self.room_for_new();
+        let to = if room_for_new == 0 { Standing::Warm } else { Standing::New };
+        for row in self.outbox.ready(to) {
+            if room == 0 || in_doubt.len() >= super::timely::SETTLED_AT_ONCE_MAX {
                 break;
+            }
+            // Online: what receipts could prove, they have proved.
+            let not_again = row.is_doubtful() && self.sending.on_unknown == OnUnknown::Fail;
+            if not_again || row.deadline() <= now {
+                in_doubt.push(row.seq);
+                continue;
             }
             if row.not_before > now {
                 self.send_wake = earliest(self.send_wake, row.not_before);
+                continue;
+            }
+            let is_new = self.outbox.standing(row.chat) == Standing::New;
+            if is_new && room_for_new == 0 {
                 continue;
             }
             match self.limiter.try_take(row.chat, now) {
                 Ok(()) => {
                     chosen.push(row.seq);
                     room -= 1;
+                    room_for_new -= usize::from(is_new);
                 }
                 Err(refused) => {
                     self.send_wake = earliest(self.send_wake, refused.at);
@@ -140,26 +190,60 @@ impl Number {
             }
         }
         for seq in chosen {
-            let Some(row) = self.outbox.claim(seq) else { continue };
-            if row.attempts > 1 {
-                draft.effects.push(Effect::Count(Counted::Resent));
-            }
-            draft.then.push(Then::Claimed { seq, attempts: row.attempts });
+            self.claim(seq, draft);
+        }
+        for seq in in_doubt {
+            self.end_doubt(seq, now, draft);
+        }
+    }
+
+    fn claim(&mut self, seq: MessageSeq, draft: &mut Draft) {
+        let Some(row) = self.outbox.claim(seq) else { return };
+        if row.attempts > 1 {
+            draft.effects.push(Effect::Count(Counted::Resent));
+        }
+        draft.then.push(Then::Claimed { seq, attempts: row.attempts });
+        draft.changes.push(Change::Outbox(row));
+        draft.durable = true;
+    }
+
+    /// Not sent again: its deadline passed, or its owner would rather lose it than repeat it.
+    fn end_doubt(&mut self, seq: MessageSeq, now: Timestamp, draft: &mut Draft) {
+        if self.outbox.row(seq).is_some_and(|row| row.deadline() <= now) {
+            self.expire(seq, now, draft);
+        } else {
+            self.fail(seq, FailureCode::AttemptsExhausted, now, draft);
+        }
+    }
+
+    /// An attempt ended without settling its message. What is written of it nobody waits for: a crash that loses it
+    /// makes the attempt one of unknown outcome, which is the careful reading.
+    fn give_back(
+        &mut self,
+        seq: MessageSeq,
+        outcome: Unsettled,
+        devices: Devices,
+        not_before: Timestamp,
+        draft: &mut Draft,
+    ) {
+        if let Some(row) = self.outbox.give_back(seq, outcome, devices, not_before) {
             draft.changes.push(Change::Outbox(row));
-            draft.durable = true;
         }
     }
 
     pub(super) fn on_not_written(&mut self, seq: MessageSeq, retry: Retry, now: Timestamp, draft: &mut Draft) {
+        let Some(row) = self.outbox.row(seq) else { return };
+        let (refusals, devices) = (row.refusals, row.devices);
         match retry {
-            Retry::WhenOnline => self.outbox.give_back(seq, now.after(Duration::from_millis(500))),
+            Retry::WhenOnline => {
+                let soon = now.after(Duration::from_millis(500));
+                self.give_back(seq, Unsettled::NotThrough, devices, soon, draft);
+            }
+            Retry::Later if refusals + 1 >= ack::REFUSALS_MAX => {
+                self.fail(seq, FailureCode::AttemptsExhausted, now, draft);
+            }
             Retry::Later => {
-                let attempts = self.outbox.row(seq).map_or(0, |row| row.attempts);
-                if attempts >= ack::ATTEMPTS_MAX {
-                    self.fail(seq, FailureCode::AttemptsExhausted, now, draft);
-                } else {
-                    self.outbox.give_back(seq, now.after(Duration::from_secs(5)));
-                }
+                self.give_back(seq, Unsettled::Refused, devices, now.after(Duration::from_secs(5)), draft);
             }
             Retry::Unknown => {}
             Retry::Never(code) => self.fail(seq, code, now, draft),
@@ -173,24 +257,46 @@ impl Number {
         let Some(row) = self.outbox.row(seq).cloned() else {
             return;
         };
-        match ack::verdict(error, row.attempts) {
+        let standing = self.outbox.standing(row.chat);
+        match ack::verdict(error, row.refusals, row.devices) {
             ack::Verdict::Sent => {
                 self.outbox.settle(seq);
                 draft.changes.push(Change::OutboxGone(seq));
                 draft.effects.push(Effect::Count(Counted::Sent(now.since(row.created_at))));
-                self.climb(&row, Progress::QUEUED, MessageStatus::Sent, None, now, now, draft);
+                self.climb(&Subject::of(&row), Progress::QUEUED, MessageStatus::Sent, None, now, now, draft);
                 draft.durable = true;
+                self.new_chat_accepted(standing, draft);
             }
-            ack::Verdict::Again(pause) => self.outbox.give_back(seq, now.after(pause)),
+            ack::Verdict::Again(pause, devices) => {
+                self.give_back(seq, Unsettled::Refused, devices, now.after(pause), draft);
+            }
+            ack::Verdict::Hold(reason) => {
+                let until = self.hold_new_chats(reason, now, draft);
+                // Its own chat may be one that goes on: then it waits by itself.
+                let not_before = if standing == Standing::Warm { until } else { Timestamp(0) };
+                self.give_back(seq, Unsettled::NotThrough, row.devices, not_before, draft);
+            }
             ack::Verdict::Failed(code) => self.fail(seq, code, now, draft),
         }
     }
 
     pub(super) fn fail(&mut self, seq: MessageSeq, code: FailureCode, now: Timestamp, draft: &mut Draft) {
+        self.end(seq, MessageStatus::Failed, Some(code), now, draft);
+        draft.effects.push(Effect::Count(Counted::Failed(code)));
+    }
+
+    /// Settles a message that will never be sent.
+    pub(super) fn end(
+        &mut self,
+        seq: MessageSeq,
+        status: MessageStatus,
+        code: Option<FailureCode>,
+        now: Timestamp,
+        draft: &mut Draft,
+    ) {
         let Some(row) = self.outbox.settle(seq) else { return };
         draft.changes.push(Change::OutboxGone(seq));
-        draft.effects.push(Effect::Count(Counted::Failed(code)));
-        self.climb(&row, Progress::QUEUED, MessageStatus::Failed, Some(code), now, now, draft);
+        self.climb(&Subject::of(&row), Progress::QUEUED, status, code, now, now, draft);
         draft.durable = true;
     }
 
@@ -212,17 +318,14 @@ impl Number {
                 draft.effects.push(Effect::Count(Counted::Sent(now.since(row.created_at))));
                 draft.durable = true;
             }
-            let row = OutboxRow {
+            let subject = Subject {
                 seq: message.seq,
                 chat: message.chat,
-                whatsapp_id: message.whatsapp_id,
-                to: message.to,
-                correlation_id: message.correlation_id,
-                created_at: now,
-                attempts: 0,
-                not_before: now,
+                whatsapp_id: &message.whatsapp_id,
+                to: &message.to,
+                correlation_id: message.correlation_id.as_deref(),
             };
-            self.climb(&row, message.progress, status, None, at, now, draft);
+            self.climb(&subject, message.progress, status, None, at, now, draft);
         }
     }
 
@@ -230,7 +333,7 @@ impl Number {
     #[expect(clippy::too_many_arguments, reason = "one place for every rung")]
     pub(super) fn climb(
         &mut self,
-        row: &OutboxRow,
+        of: &Subject<'_>,
         stored: Progress,
         status: MessageStatus,
         failure: Option<FailureCode>,
@@ -238,27 +341,48 @@ impl Number {
         now: Timestamp,
         draft: &mut Draft,
     ) {
-        let recent = self.recent_progress.iter().rev().find(|(seq, _)| *seq == row.seq);
+        let recent = self.recent_progress.iter().rev().find(|(seq, _)| *seq == of.seq);
         let mut progress = recent.map_or(stored, |(_, progress)| *progress);
         if !progress.climb(status, at, failure) {
             return;
         }
-        self.recent_progress.retain(|(seq, _)| *seq != row.seq);
+        self.recent_progress.retain(|(seq, _)| *seq != of.seq);
         if self.recent_progress.len() >= RECENT_PROGRESS_MAX {
             self.recent_progress.pop_front();
         }
-        self.recent_progress.push_back((row.seq, progress));
-        draft.changes.push(Change::Progress(row.seq, progress));
+        self.recent_progress.push_back((of.seq, progress));
+        draft.changes.push(Change::Progress(of.seq, progress));
         let body = OutboundEvent {
-            message: MessageId { number: self.id, seq: row.seq },
-            whatsapp_id: row.whatsapp_id.clone(),
-            correlation_id: row.correlation_id.clone(),
-            to: row.to.clone(),
-            chat: row.chat,
+            message: MessageId { number: self.id, seq: of.seq },
+            whatsapp_id: of.whatsapp_id.to_owned(),
+            correlation_id: of.correlation_id.map(str::to_owned),
+            to: of.to.clone(),
+            chat: of.chat,
             status,
             failure,
         };
         self.record_event(EventBody::Outbound(body), now, draft);
+    }
+}
+
+/// The message a rung is climbed for.
+pub(super) struct Subject<'a> {
+    seq: MessageSeq,
+    chat: ChatNo,
+    whatsapp_id: &'a str,
+    to: &'a Contact,
+    correlation_id: Option<&'a str>,
+}
+
+impl<'a> Subject<'a> {
+    fn of(row: &'a OutboxRow) -> Self {
+        Self {
+            seq: row.seq,
+            chat: row.chat,
+            whatsapp_id: &row.whatsapp_id,
+            to: &row.to,
+            correlation_id: row.correlation_id.as_deref(),
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use super::client::{self, Parts};
 use super::environment::LinkEnvironment;
 use super::events::subscribe;
 use super::inbound::Inbox;
+use super::lock;
 use super::pump::pump;
 use super::runtime::LinkRuntime;
 use super::send::{Outbound, Wire};
@@ -48,6 +49,8 @@ const TICK: Duration = Duration::from_secs(15);
 const ASK_AFTER: Duration = Duration::from_secs(40);
 /// Without an answer for so long the connection is dead, whatever bytes arrive. With the tick below 90 s.
 const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(75);
+/// Questions of ours that are open at once.
+const QUESTIONS_MAX: usize = 2;
 /// Longest wait for the answer to our own question.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 /// Longest polite disconnect; the library flushes for up to 10 s inside.
@@ -303,6 +306,13 @@ impl Connection<'_> {
                 self.outbound.take(message);
                 None
             }
+            Some(SessionCommand::AskLock) => {
+                if self.asking.len() < QUESTIONS_MAX {
+                    let asking = lock::ask(self.client.clone(), self.signals().clone());
+                    self.asking.spawn(asking.instrument(self.span.clone()));
+                }
+                None
+            }
             Some(SessionCommand::Logout) => {
                 let _ = timeout(LOGOUT_WITHIN, Box::pin(self.client.logout())).await;
                 Some(CloseReason::LoggedOut { code: 401 })
@@ -379,7 +389,7 @@ impl Connection<'_> {
             return Some(CloseReason::Unresponsive);
         }
         while self.asking.try_join_next().is_some() {}
-        if silence >= ASK_AFTER && self.asking.is_empty() {
+        if silence >= ASK_AFTER && self.asking.len() < QUESTIONS_MAX {
             let client = self.client.clone();
             let ask = async move {
                 // The answer is noticed where every answer is.

@@ -141,13 +141,13 @@ impl Handler {
         if source.is_group || source.is_from_me {
             return;
         }
-        self.signals.push(Queued::Receipt(Box::new(RawReceipt {
+        self.signals.push_receipt(RawReceipt {
             whatsapp_ids: receipt.message_ids.clone(),
             from: source.sender.clone(),
             also: source.sender_alt.clone(),
             kind,
             at: Timestamp(u64::try_from(receipt.timestamp.timestamp_millis()).unwrap_or(0)),
-        })));
+        });
     }
 }
 

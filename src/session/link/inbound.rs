@@ -16,7 +16,7 @@ use super::contact::{complete, contact_of};
 use super::content::{content, digest};
 use super::signals::Signals;
 use crate::domain::close::CloseReason;
-use crate::domain::message::{Content, Direction};
+use crate::domain::message::{Content, Direction, PLACEHOLDER_DIGEST};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{Incoming, SessionEvent};
 use crate::telemetry::failpoint::{self, Failpoint};
@@ -37,9 +37,7 @@ pub(super) fn placeholder(event: &UndecryptableMessage) -> Option<Incoming> {
     if event.decrypt_fail_mode == DecryptFailMode::Hide {
         return None;
     }
-    let content = Content::Undecryptable;
-    let digest = digest(&Default::default(), &content);
-    incoming(&event.info, content, digest)
+    incoming(&event.info, Content::Undecryptable, PLACEHOLDER_DIGEST)
 }
 
 /// The addresses of the other side of the chat. `None`: not a chat between two people.

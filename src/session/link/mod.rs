@@ -10,6 +10,7 @@ mod environment;
 mod events;
 mod http;
 mod inbound;
+mod lock;
 mod pump;
 mod runtime;
 mod send;

@@ -11,38 +11,54 @@ use super::signals::{Queued, RawReceipt, Signals};
 use crate::domain::close::CloseReason;
 use crate::session::contract::{NotDurable, SessionEvent};
 
-/// Watches what becomes of placeholders. WhatsApp was already told about these messages, so nobody waits.
+/// Watches what becomes of entries that the pump does not wait for.
 #[derive(Default)]
-struct Placeholders(JoinSet<()>);
+struct Watched(JoinSet<()>);
 
-impl Placeholders {
-    fn watch(&mut self, durable: oneshot::Receiver<Result<(), NotDurable>>) {
+impl Watched {
+    fn watch(&mut self, what: Kind, signals: &Arc<Signals>) -> oneshot::Sender<Result<(), NotDurable>> {
         while self.0.try_join_next().is_some() {}
+        let (durable, answer) = oneshot::channel();
+        let signals = signals.clone();
         self.0.spawn(async move {
-            if !matches!(durable.await, Ok(Ok(()))) {
-                tracing::warn!("a placeholder did not reach the disk");
+            let durable = matches!(answer.await, Ok(Ok(())));
+            match (what, durable) {
+                (Kind::Receipt, true) => signals.receipt_durable(),
+                (Kind::Receipt, false) => signals.receipt_lost(),
+                (Kind::Placeholder, true) => {}
+                // WhatsApp was already told about this message: there is nobody to ask for it again.
+                (Kind::Placeholder, false) => tracing::warn!("a placeholder did not reach the disk"),
             }
         });
+        durable
     }
 }
 
-async fn finished(entry: Queued, signals: &Signals, placeholders: &mut Placeholders) -> Option<SessionEvent> {
+enum Kind {
+    Receipt,
+    Placeholder,
+}
+
+async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) -> Option<SessionEvent> {
     match entry {
         Queued::Event(event) => Some(event),
         Queued::Receipt(receipt) => {
             let RawReceipt { whatsapp_ids, from, also, kind, at } = *receipt;
-            let mut from = contact_of([&from].into_iter().chain(&also))?;
+            let Some(mut from) = contact_of([&from].into_iter().chain(&also)) else {
+                signals.receipt_durable();
+                return None;
+            };
             if let Some(client) = signals.client() {
                 complete(&client, &mut from).await;
             }
-            Some(SessionEvent::Receipt { whatsapp_ids, from, kind, at })
+            let durable = watched.watch(Kind::Receipt, signals);
+            Some(SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable })
         }
         Queued::Placeholder(mut message) => {
             if let Some(client) = signals.client() {
                 complete(&client, &mut message.chat).await;
             }
-            let (durable, answer) = oneshot::channel();
-            placeholders.watch(answer);
+            let durable = watched.watch(Kind::Placeholder, signals);
             Some(SessionEvent::Inbound { messages: vec![*message], durable })
         }
     }
@@ -56,7 +72,7 @@ pub(super) async fn pump(
     events: mpsc::Sender<SessionEvent>,
     mut last: oneshot::Receiver<CloseReason>,
 ) {
-    let mut placeholders = Placeholders::default();
+    let mut watched = Watched::default();
     let reason = loop {
         let entry = tokio::select! {
             biased;
@@ -66,7 +82,7 @@ pub(super) async fn pump(
         let Some(entry) = entry else {
             break CloseReason::Crashed;
         };
-        if let Some(event) = finished(entry, &signals, &mut placeholders).await
+        if let Some(event) = finished(entry, &signals, &mut watched).await
             && events.send(event).await.is_err()
         {
             signals.end(CloseReason::Requested);
@@ -74,7 +90,7 @@ pub(super) async fn pump(
     };
     entries.close();
     while let Some(entry) = entries.recv().await {
-        if let Some(event) = finished(entry, &signals, &mut placeholders).await {
+        if let Some(event) = finished(entry, &signals, &mut watched).await {
             let _ = events.send(event).await;
         }
     }

@@ -9,13 +9,14 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::Instrument;
 use whatsapp_rust::waproto::whatsapp as wa;
-use whatsapp_rust::{Client, ErrorChainExt, Jid, SendError as LibraryError, SendOptions};
+use whatsapp_rust::{Client, ErrorChainExt, Freshness, Jid, SendError as LibraryError, SendOptions};
 
 use super::backend::LinkBackend;
 use super::contact::address_of;
 use super::signals::Signals;
 use crate::domain::close::CloseReason;
 use crate::domain::message::Content;
+use crate::domain::outbox::Devices;
 use crate::domain::phone::Contact;
 use crate::session::contract::{Outgoing, SendError, SessionEvent};
 use crate::store::number_store::NumberStore;
@@ -164,7 +165,11 @@ async fn send(wire: &Wire, signals: &Signals, message: Outgoing) -> Result<(), S
     if !exists(wire, &message.to, &to).await {
         return Err(SendError::NoSuchRecipient);
     }
-    let options = SendOptions::default().with_message_id(message.whatsapp_id);
+    let mut options = SendOptions::default().with_message_id(message.whatsapp_id);
+    if message.devices == Devices::Refreshed {
+        forget_sessions(client, &to).await?;
+        options = options.with_device_freshness(Freshness::Refresh);
+    }
     failpoint::reach(Failpoint::WireBefore);
     // Boxed: the library's send is a large state machine.
     let sending = Box::pin(client.send_message_with_options(to, body, options));
@@ -175,6 +180,19 @@ async fn send(wire: &Wire, signals: &Signals, message: Outgoing) -> Result<(), S
         }
         Ok(Err(error)) => Err(classify(&error, wire, signals)),
         Err(_) => Err(SendError::TimedOut),
+    }
+}
+
+/// WhatsApp refused a message for what we believe of the recipient's devices: the next attempt begins with new
+/// sessions. Device lists are the library's, which asks for them again by itself when told so.
+async fn forget_sessions(client: &Client, to: &Jid) -> Result<(), SendError> {
+    let forget = async {
+        let known = client.signal().get_user_devices(std::slice::from_ref(to)).await?;
+        client.signal().delete_sessions(&known).await
+    };
+    match timeout(LOOKUP_TIMEOUT, Box::pin(forget)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) | Err(_) => Err(SendError::Other),
     }
 }
 

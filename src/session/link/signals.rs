@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc};
-use tokio::time::Instant;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, timeout};
 use whatsapp_rust::Client;
 use whatsapp_rust::Jid;
 use whatsapp_rust::store::persistence_manager::PersistenceManager;
@@ -26,6 +26,9 @@ pub(super) const QUEUE_MAX: usize = 1024;
 pub(super) const RECOVERED_MAX: usize = 64;
 /// Shortest time between two `Alive` events: the number wants to know that it lives, not every beat.
 const ALIVE_EVERY: Duration = Duration::from_secs(25);
+
+/// How long anything may wait with being written because receipts are not durable yet.
+const RECEIPTS_WITHIN: Duration = Duration::from_secs(30);
 
 /// One entry of the queue.
 pub(super) enum Queued {
@@ -73,6 +76,9 @@ pub(super) struct Signals {
     answering_pairing: AtomicBool,
     sealed: AtomicBool,
     dropped: AtomicU64,
+    /// Receipts heard, and those of them that are durable.
+    receipts: AtomicU64,
+    receipts_durable: watch::Sender<u64>,
     queue: mpsc::Sender<Queued>,
     recovered: mpsc::Sender<InboundMessage>,
     client: OnceLock<Weak<Client>>,
@@ -94,6 +100,8 @@ impl Signals {
             answering_pairing: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
+            receipts: AtomicU64::new(0),
+            receipts_durable: watch::Sender::new(0),
             queue,
             recovered,
             client: OnceLock::new(),
@@ -231,10 +239,12 @@ impl Signals {
         self.sealed.store(true, Ordering::Release);
     }
 
-    /// Called by the transport before every write.
+    /// Called by the transport before every write. Whatever tells the server that a receipt was heard is written after
+    /// its handler returned, so the whole connection waits here until the receipts heard so far are durable. Requests
+    /// for a repeat are the exception: the library answers them by itself, from what it kept of the message.
     ///
     /// # Errors
-    /// When the session is sealed, or the credentials of a pairing did not reach the disk.
+    /// When the session is sealed, or the credentials of a pairing or a receipt did not reach the disk.
     pub(super) async fn before_write(&self) -> Result<(), &'static str> {
         if self.sealed.load(Ordering::Acquire) {
             return Err("the session is sealed");
@@ -249,7 +259,13 @@ impl Signals {
                 return Err("the credentials are not durable");
             }
         }
-        Ok(())
+        let heard = self.receipts.load(Ordering::Acquire);
+        let mut durable = self.receipts_durable.subscribe();
+        let caught_up = durable.wait_for(|durable| *durable >= heard);
+        match timeout(RECEIPTS_WITHIN, caught_up).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err("receipts are not durable"),
+        }
     }
 
     /// Queues an event from a synchronous handler. A full queue drops it: the outbox resends what was never
@@ -266,6 +282,26 @@ impl Signals {
                 tracing::warn!(dropped, "session event dropped: the number does not keep up");
             }
         }
+    }
+
+    /// Queues a receipt. One that finds no room must come again, so the connection ends before the server is told.
+    pub(super) fn push_receipt(&self, receipt: RawReceipt) {
+        self.receipts.fetch_add(1, Ordering::AcqRel);
+        if self.queue.try_send(Queued::Receipt(Box::new(receipt))).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            self.receipt_lost();
+        }
+    }
+
+    /// What follows from the oldest receipt that was not durable is.
+    pub(super) fn receipt_durable(&self) {
+        self.receipts_durable.send_modify(|durable| *durable += 1);
+    }
+
+    /// A receipt did not reach the disk: nothing more is written, and the next connection brings it again.
+    pub(super) fn receipt_lost(&self) {
+        self.seal();
+        self.end(CloseReason::StoreFailed);
     }
 
     /// Queues an event and waits for room. False: the session is over.

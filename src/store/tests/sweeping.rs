@@ -48,6 +48,8 @@ fn message(seq: u64, chat: u32, at: u64) -> MessageRecord {
         sender_name: None,
         created_at: Timestamp(at),
         written_at: Timestamp(at),
+        send_at: None,
+        expires_at: None,
     }
 }
 
