@@ -251,7 +251,7 @@ impl NumberState {
             Counted::Swept(count) => metrics::swept_rows(count),
             Counted::SweepPassed => metrics::sweep_passed(),
             Counted::Held(reason) => {
-                tracing::warn!(reason = reason.name(), "whatsapp refuses new chats: they are held")
+                tracing::warn!(reason = reason.name(), "whatsapp refuses new chats: they are held");
             }
         }
     }

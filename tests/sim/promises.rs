@@ -419,7 +419,7 @@ impl Promises {
             CancelOutcome::NotFound => panic!("{seq:?} was accepted and is not found"),
             CancelOutcome::InFlight => {}
             CancelOutcome::AlreadySent => {
-                assert!(status.is_some_and(|status| rung(status) >= 2), "{seq:?}: {status:?}")
+                assert!(status.is_some_and(|status| rung(status) >= 2), "{seq:?}: {status:?}");
             }
             CancelOutcome::AlreadyFailed | CancelOutcome::AlreadyExpired => {
                 assert!(status.is_some_and(|status| rung(status) >= 1), "{seq:?}: {status:?}");

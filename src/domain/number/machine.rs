@@ -289,7 +289,7 @@ impl Number {
                     self.accepting = self.accepting.saturating_sub(1);
                     let accepted = Reply::Accepted { seq: row.seq, created_at: row.created_at, predicted_wait: wait };
                     draft.effects.push(Effect::Reply(reply, accepted));
-                    self.admit(row, standing, content, claimed, now, draft);
+                    self.admit(row, standing, claimed.then_some(content), now, draft);
                 }
                 Then::Claimed { seq, attempts } => self.transmit(seq, attempts, None, now, draft),
                 Then::Reply(reply, answer) => draft.effects.push(Effect::Reply(reply, answer)),
@@ -306,21 +306,21 @@ impl Number {
         draft.effects.extend(visible.map(Effect::EventsVisible));
     }
 
+    /// Takes an accepted row in; `claimed`: its first attempt was written with it, with this content.
     pub(super) fn admit(
         &mut self,
         mut row: OutboxRow,
         standing: Standing,
-        content: Content,
-        claimed: bool,
+        claimed: Option<Content>,
         now: Timestamp,
         draft: &mut Draft,
     ) {
         let (seq, chat, attempts) = (row.seq, row.chat, row.attempts);
         let standing = if self.recent_heard.contains(&chat) { Standing::Warm } else { standing };
-        if !claimed {
+        let Some(content) = claimed else {
             self.outbox.push(row, standing);
             return;
-        }
+        };
         // The claim counts the attempt that was written with the row.
         row.attempts -= 1;
         self.outbox.push(row, standing);

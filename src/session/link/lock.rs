@@ -47,10 +47,8 @@ mod tests {
     #[test]
     fn what_whatsapp_says_of_its_lock_is_read() {
         let lock = |is_active, ends: Option<&str>| {
-            let mut lock = ReachoutTimelock::default();
-            lock.is_active = is_active;
-            lock.time_enforcement_ends = ends.map(str::to_owned);
-            read(&lock)
+            let time_enforcement_ends = ends.map(str::to_owned);
+            read(&ReachoutTimelock { is_active, time_enforcement_ends, enforcement_type: None })
         };
         assert_eq!(lock(Some(true), Some("1770000000")), LockAnswer::Until(Timestamp(1_770_000_000_000)));
         assert_eq!(lock(None, Some("1770000000")), LockAnswer::Until(Timestamp(1_770_000_000_000)));
