@@ -67,11 +67,15 @@ pub(crate) struct Plan {
     pub(crate) chapters: u64,
 }
 
+/// A world in which new chats are locked looks for old rows no more often than this.
+const LOCKED_SWEEPS_MIN: Duration = Duration::from_secs(600);
+
 impl Plan {
     pub(crate) fn draw(rng: &mut Rng) -> Self {
         let fast = Pace { interval: Duration::from_millis(1), burst: 100 };
         let open = Limits { number: fast, chat: fast };
         let brisk = Limits { number: Pace { interval: Duration::from_millis(100), burst: 5 }, chat: fast };
+        let sweep_every = Duration::from_secs(rng.pick(&[1, 30, 600]));
         Self {
             crash: rng.pick(&[0, 1, 3, 10]),
             disk: rng.pick(&[0, 3, 20, 400]),
@@ -81,7 +85,8 @@ impl Plan {
             cut_on_send: rng.pick(&[0, 5, 30]),
             not_written: rng.pick(&[0, 10, 100]),
             refused: rng.pick(&[0, 20, 100]),
-            locked: rng.pick(&[0, 100, 500]),
+            // A hold lasts a day: with a pass of the sweep every few seconds that is too many of them.
+            locked: if sweep_every >= LOCKED_SWEEPS_MIN { rng.pick(&[100, 500]) } else { 0 },
             scheduled: rng.pick(&[0, 50, 300]),
             deadline: rng.pick(&[0, 50, 300]),
             opaque: rng.pick(&[0, 50, 300]),
@@ -100,7 +105,7 @@ impl Plan {
                     events_kept: Duration::from_secs(rng.pick(&[600, 7200, 200_000, 600_000])),
                     events_max: rng.pick(&[30, 1_000_000]),
                     dead_letters_kept: Duration::from_secs(rng.pick(&[3600, 200_000])),
-                    sweep_every: Duration::from_secs(rng.pick(&[1, 30, 600])),
+                    sweep_every,
                     ..Policy::default()
                 },
                 retention: rng.pick(&[Retention::KeepAll, Retention::KeepDays(1), Retention::RelayOnly]),
