@@ -61,6 +61,7 @@ impl Api {
         let command = command_of(&order)?;
         let handle = self.handle_of(record.id)?;
         let (to, content) = (command.to.clone(), command.content.clone());
+        let (send_at, expires_at) = (command.send_at, command.expires_at);
         let accepted = handle.send(command, &self.parts.random).await?;
         metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
         let store = handle.store().ok_or(Reason::NumberUnavailable)?;
@@ -78,6 +79,8 @@ impl Api {
             sender_name: None,
             created_at: accepted.created_at,
             written_at: accepted.created_at,
+            send_at,
+            expires_at,
         };
         let id = MessageId { number: record.id, seq: accepted.seq };
         Ok(MessageCard { id, record: message, progress: Some(Progress::QUEUED), peer: to.phone })

@@ -203,11 +203,7 @@ impl Actor for NumberActor {
     }
 }
 
-async fn load(
-    environment: &Environment,
-    number: NumberId,
-    volume: u8,
-) -> Result<(NumberStore, Snapshot), StoreError> {
+async fn load(environment: &Environment, number: NumberId, volume: u8) -> Result<(NumberStore, Snapshot), StoreError> {
     let store = environment.store.claim(number, volume).await?;
     let mut snapshot = store.load().await?;
     snapshot.has_credentials = environment.opener.is_linked(&store).await;
