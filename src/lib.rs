@@ -63,6 +63,7 @@
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
 //! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |
+//! | a power cut at any moment, and a disk that fails, lose nothing acknowledged | `store::tests::crashes` |
 //! | a full disk loses nothing, says so, and is left behind without a restart | `it::disk` |
 //! | nothing lies on disk in clear, no value can be moved, deletion is final | `it::sealing`, `store::tests::sealing` |
 //! | all of these when the process is killed at any place | `faults::kill` |

@@ -181,8 +181,10 @@ impl Committer {
         if let Some(thread) = thread {
             // The thread drains the queue in order, so this blocks only as long as the disk does.
             let _ = self.jobs.send(Job::Close);
-            // One that failed ends by itself, if sled lets it: it has nothing to write and nobody waits for it.
-            if self.shared.failure().is_none() {
+            // One that failed ends by itself, if sled lets it: it has nothing to write and nobody waits for it. And the
+            // last handle may be dropped by an answer, on the thread itself.
+            let own = thread.thread().id() == std::thread::current().id();
+            if self.shared.failure().is_none() && !own {
                 let _ = thread.join();
             }
         }

@@ -59,7 +59,7 @@ fn copy_aside(path: &Path) -> std::io::Result<()> {
 }
 
 fn try_open(path: &Path, cache_bytes: u64) -> Result<(sled::Db, sled::Tree), StoreError> {
-    let open = || {
+    let open = || -> sled::Result<_> {
         let db = config(path, cache_bytes).open()?;
         let tree = db.open_tree("d")?;
         db.flush()?;
@@ -67,9 +67,34 @@ fn try_open(path: &Path, cache_bytes: u64) -> Result<(sled::Db, sled::Tree), Sto
     };
     // sled panics on some damaged logs; a panic here must cost one volume, not the process.
     match catch_unwind(AssertUnwindSafe(open)) {
+        // A Db that was just given up: sled's own threads hold its lock a little longer. Nothing is wrong with it.
+        Ok(Err(error)) if error.to_string().contains("could not acquire lock") => Err(StoreError::Busy),
         Ok(opened) => opened.map_err(|error| sled_refused(&error)),
         Err(_) => Err(StoreError::Failed("the log is damaged (panic while opening)".to_owned())),
     }
+}
+
+/// Says that the Db was complete once: the row below is in it, or what was in it is lost.
+pub(super) const BORN_FILE: &str = "born";
+/// Shorter than any number's key, and of no row of `meta`.
+const BORN_ROW: &[u8] = &[0];
+
+/// A Db that lost its log's beginning, or its checkpoint, can open without an error and be empty. Nobody must take that
+/// for a new one: sequences and Signal state would begin again.
+fn check_birth(path: &Path, db: &sled::Db, tree: &sled::Tree, log: &mut dyn Log) -> Result<(), StoreError> {
+    let io = |error| refused(&error);
+    let born = path.join(BORN_FILE);
+    let known = tree.get(BORN_ROW).map_err(|error| sled_refused(&error))?.is_some();
+    if born.exists() {
+        let lost = || StoreError::Failed("it opens empty: its records are lost".to_owned());
+        return if known { Ok(()) } else { Err(lost()) };
+    }
+    if !known {
+        tree.insert(BORN_ROW, &[1]).and_then(|_| db.flush()).map_err(|error| sled_refused(&error))?;
+    }
+    log.sync().map_err(io)?;
+    File::create(&born).and_then(|file| file.sync_all()).map_err(io)?;
+    File::open(path).and_then(|dir| dir.sync_all()).map_err(io)
 }
 
 fn sync_new_files(path: &Path) -> std::io::Result<()> {
@@ -86,7 +111,7 @@ fn sync_new_files(path: &Path) -> std::io::Result<()> {
 /// Opens or creates the Db at `path`, with its one tree and the handle that makes its log durable.
 ///
 /// # Errors
-/// `DiskFull`, which leaves everything as it was, or `Failed` when it cannot be opened, also not without its
+/// `DiskFull` or `Busy`, which leave everything as it was, or `Failed` when it cannot be opened, also not without its
 /// checkpoints; the damaged files were copied beside it.
 pub(super) fn open(
     path: &Path,
@@ -98,7 +123,7 @@ pub(super) fn open(
     remove_checkpoints(path, true).map_err(io)?;
     let (db, tree) = match try_open(path, cache_bytes) {
         Ok(opened) => opened,
-        Err(StoreError::DiskFull) => return Err(StoreError::DiskFull),
+        Err(error @ (StoreError::DiskFull | StoreError::Busy)) => return Err(error),
         Err(first) => {
             tracing::error!(error = %first, "volume does not open, trying without its checkpoints");
             copy_aside(path).map_err(io)?;
@@ -109,5 +134,6 @@ pub(super) fn open(
     sync_new_files(path).map_err(io)?;
     let mut log = disk.log(path).map_err(io)?;
     log.sync().map_err(io)?;
+    check_birth(path, &db, &tree, log.as_mut())?;
     Ok((db, tree, log))
 }

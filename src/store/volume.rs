@@ -181,6 +181,7 @@ impl Volume {
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         match opened {
             Ok(db) => *current = Ok(db),
+            Err(StoreError::Busy) => return Err(StoreError::Busy),
             Err(error) => {
                 let cache_suspect = failure.cache_suspect || error != StoreError::DiskFull;
                 *current = Err(Failure { error: error.clone(), cache_suspect });

@@ -1,5 +1,8 @@
 //! The promises of the seam, on the real store.
 
+mod conformance;
+mod crashes;
 mod home;
+mod lying_disk;
 mod sealing;
 mod sweeping;
