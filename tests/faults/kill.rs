@@ -41,16 +41,10 @@ impl Lives {
         self.kills += 1;
     }
 
-    /// Waits until all numbers are online, or the daemon is dead.
+    /// Waits until all numbers are online; false when the daemon is dead before.
     async fn all_online(&mut self) -> bool {
-        let expected = self.world.numbers.len();
-        until("all numbers are online", async || {
-            if self.daemon.as_mut().unwrap().ended().is_some() {
-                return Some(false);
-            }
-            (self.world.online().await >= expected).then_some(true)
-        })
-        .await
+        let daemon = self.daemon.as_mut().unwrap();
+        self.world.all_online(|| daemon.ended().is_some()).await.is_some()
     }
 
     /// One life that ends with SIGKILL: sometimes while it starts, mostly under load.
@@ -165,6 +159,7 @@ async fn run(plan: Plan) {
     assert!(lives.all_online().await, "the daemon died by itself:\n{}", world.last_words());
     let record = load.finish(true).await;
     let verdict = settle(&world, &load.shared, &record).await;
+    println!("{} numbers replaced by a dead life of theirs", world.replaced.load(Ordering::Relaxed));
     report(&lives, &verdict, load.shared.polls.load(Ordering::Relaxed), begun);
     let bound = (lives.kills as u64) * u64::from(chats);
     assert!(verdict.wire_repeats <= bound, "{} wire repeats, at most {bound}", verdict.wire_repeats);

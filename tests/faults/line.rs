@@ -34,14 +34,10 @@ async fn behind_a_bad_line(numbers: usize, seed: u64) -> (Arc<World>, Daemon, Pr
     (world, daemon, line.into_inner().unwrap())
 }
 
-async fn all_online(world: &World) {
-    until("all numbers are online", async || (world.online().await >= world.numbers.len()).then_some(())).await;
-}
-
 /// Ends the load and compares.
 async fn nothing_broke(world: &World, mut load: Load, now: bool, seed: u64, what: &str) {
     let record = load.finish(now).await;
-    all_online(world).await;
+    world.all_online(|| false).await;
     let verdict = settle(world, &load.shared, &record).await;
     println!(
         "{what}: {} accepted, {} inbound, {} wire repeats, {} webhooks repeated, {} without a delivery receipt, {} undecryptable\nsandbox: {}",
@@ -111,7 +107,7 @@ async fn a_bad_line_loses_nothing_and_heals() {
             proxy.cut(Cut::Reset);
         }
         let begun = Instant::now();
-        all_online(&world).await;
+        world.all_online(|| false).await;
         println!("{name}: online {:.2} s after it", begun.elapsed().as_secs_f64());
     }
     if setting("LINE_LONG", 0) != 0 {
@@ -129,13 +125,13 @@ async fn dead_lines(world: &World, proxy: &Proxy) {
         ("wrong on the way down", Toxics { corrupt: Some((Way::Down, 1024)), ..Toxics::default() }),
     ];
     for (name, toxics) in spells {
-        all_online(world).await;
+        world.all_online(|| false).await;
         let begun = Instant::now();
         proxy.set(toxics);
         until(&format!("{name}: noticed"), async || (state(world).await != NumberState::Online).then_some(())).await;
         let noticed = begun.elapsed();
         proxy.set(Toxics::default());
-        all_online(world).await;
+        world.all_online(|| false).await;
         let healed = (begun.elapsed() - noticed).as_secs_f64();
         println!("{name}: noticed after {:.1} s, online {healed:.1} s later", noticed.as_secs_f64());
         assert!(noticed <= NOTICED_WITHIN, "{name}: noticed only after {noticed:?}");

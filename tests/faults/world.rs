@@ -1,6 +1,7 @@
 //! A tenant with linked, subscribed numbers, customers' phones around them, and what the daemon and the phones show.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use switchboard::api::grpc::proto;
@@ -8,12 +9,15 @@ use switchboard::api::grpc::proto::pair_number_response::Step;
 use switchboard::demo::client::{Caller, OwnedNumber};
 use switchboard::demo::phones::{Phones, call};
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use crate::process::{Daemon, Directory, Log, Plan, Sandbox};
 use crate::sink::Sink;
 
 /// Longest any condition may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Numbers that take longer than this to come online are looked at.
+const GHOST_AFTER: Duration = Duration::from_secs(10);
 /// Customers of each number.
 pub const CUSTOMERS: usize = 2;
 /// Numbers being linked at once.
@@ -27,6 +31,8 @@ pub struct World {
     pub numbers: Vec<OwnedNumber>,
     pub tenant: Caller,
     pub log: Log,
+    /// Numbers an operator had to start because a dead life of theirs had replaced them.
+    pub replaced: AtomicU64,
     // Last, so that the daemon's files and its WhatsApp outlive it.
     _sandbox: Sandbox,
     _directory: Directory,
@@ -68,8 +74,17 @@ impl World {
         let (tenant, _) = operator.create_tenant("faults").await.unwrap();
         let phones = Phones { sandbox: sandbox.address };
         let sink = Sink::start().await;
-        let mut world =
-            Self { plan, sink, phones, numbers: Vec::new(), tenant, log, _sandbox: sandbox, _directory: directory };
+        let mut world = Self {
+            plan,
+            sink,
+            phones,
+            numbers: Vec::new(),
+            tenant,
+            log,
+            replaced: AtomicU64::new(0),
+            _sandbox: sandbox,
+            _directory: directory,
+        };
         for index in 0..numbers {
             world.numbers.push(world.create(&own_phone(index)).await);
         }
@@ -104,6 +119,54 @@ impl World {
     pub async fn online(&self) -> usize {
         let metrics = call(self.plan.admin, "GET", "/metrics", &[], "").await.unwrap_or_default();
         metrics.lines().filter(|line| line.starts_with("switchboard_number_up{") && line.ends_with(" 1")).count()
+    }
+
+    /// Waits until every number is online; `None` when `gave_up` said so first.
+    pub async fn all_online(&self, mut gave_up: impl FnMut() -> bool) -> Option<()> {
+        let begun = Instant::now();
+        let mut looked_at = Duration::ZERO;
+        while self.online().await < self.numbers.len() {
+            if gave_up() {
+                return None;
+            }
+            if begun.elapsed() > looked_at + GHOST_AFTER {
+                looked_at = begun.elapsed();
+                self.start_replaced().await;
+            }
+            if begun.elapsed() > PATIENCE {
+                panic!("not all numbers come online:\n{}log:\n{}", self.offline().await, self.last_words());
+            }
+            sleep(Duration::from_millis(10)).await;
+        }
+        Some(())
+    }
+
+    /// A login that a killed life left in its socket can arrive after its successor's, which WhatsApp then ends as
+    /// replaced; by design only an operator's word opens it again. Counted, so that it is seen.
+    async fn start_replaced(&self) {
+        for number in &self.numbers {
+            let request = proto::GetNumberRequest { number: number.id.clone() };
+            let Ok(shown) = self.tenant.numbers().get_number(request).await else { continue };
+            if shown.into_inner().state() == proto::NumberState::Replaced {
+                let request = proto::StartNumberRequest { number: number.id.clone() };
+                let started = self.tenant.numbers().start_number(request).await.is_ok();
+                self.replaced.fetch_add(u64::from(started), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The numbers that are not online, and why.
+    async fn offline(&self) -> String {
+        let mut lines = format!("sandbox: {}\n", self.phones.stats().await.unwrap());
+        for number in &self.numbers {
+            let request = proto::GetNumberRequest { number: number.id.clone() };
+            match self.tenant.numbers().get_number(request).await.map(tonic::Response::into_inner) {
+                Ok(shown) if shown.state() == proto::NumberState::Online => {}
+                Ok(shown) => lines.push_str(&format!("{shown:?}\n")),
+                Err(status) => lines.push_str(&format!("{}: {status}\n", number.id)),
+            }
+        }
+        lines
     }
 
     /// Everything a number's history holds, oldest first.
@@ -158,6 +221,6 @@ pub async fn until<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -
             return value;
         }
         assert!(begun.elapsed() < PATIENCE, "waited too long until {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        sleep(Duration::from_millis(10)).await;
     }
 }
