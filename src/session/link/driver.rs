@@ -59,13 +59,11 @@ const DISCONNECT_WITHIN: Duration = Duration::from_secs(15);
 const LOGOUT_WITHIN: Duration = Duration::from_secs(20);
 /// How long `run()` may take to return once its client is shut down and its socket is closed.
 const RUN_ENDS_WITHIN: Duration = Duration::from_secs(5);
-/// How long tasks of the library may take to notice the end before they are aborted. What must be kept was flushed
-/// before; some only sleep.
-const TASKS_END_WITHIN: Duration = Duration::from_millis(200);
-/// How long sends in flight may take at a polite end.
+/// How long tasks of the library may take to notice the end before they are aborted. Not shorter: one may hold a message
+/// whose ratchet is flushed and whose buffered copy is not written yet; aborted there, the message is lost.
+const TASKS_END_WITHIN: Duration = Duration::from_secs(2);
+/// How long sends in flight may take at the end.
 const SENDS_END_WITHIN: Duration = Duration::from_secs(2);
-/// And when the connection is gone: the library would wait for one that never comes.
-const LOST_SENDS_END_WITHIN: Duration = Duration::from_millis(100);
 /// How long the writes of the session may take to be applied at its end.
 const WRITES_END_WITHIN: Duration = Duration::from_secs(10);
 /// How long after the end of the first connection the library may still tell that it was paired.
@@ -415,8 +413,7 @@ impl Connection<'_> {
             parts.slot.close().await;
             outbound.close(Duration::ZERO).await;
         } else {
-            let is_polite = reason == CloseReason::Requested;
-            outbound.close(if is_polite { SENDS_END_WITHIN } else { LOST_SENDS_END_WITHIN }).await;
+            outbound.close(SENDS_END_WITHIN).await;
             if timeout(DISCONNECT_WITHIN, Box::pin(client.disconnect())).await.is_err() {
                 tracing::warn!("disconnect took too long");
                 client.signal_shutdown_sync();
