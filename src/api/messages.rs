@@ -9,8 +9,11 @@ use super::token::{self, TokenKind};
 use crate::domain::access::Caller;
 use crate::domain::id::{ChatNo, MessageId, MessageSeq, NumberId};
 use crate::domain::message::{Content, Direction, MessageRecord, Progress, TEXT_CHARS_MAX};
+use crate::domain::number::CancelOutcome;
+use crate::domain::outbox::{DEADLINE_DEFAULT, SCHEDULE_AHEAD_MAX};
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
+use crate::domain::time::Timestamp;
 use crate::number::handle::SendCommand;
 use crate::store::number_store::NumberStore;
 use crate::telemetry::metrics;
@@ -19,6 +22,8 @@ use crate::telemetry::metrics;
 const PAGE_MAX: usize = 500;
 const REQUEST_ID_CHARS_MAX: usize = 128;
 const CORRELATION_ID_CHARS_MAX: usize = 128;
+/// Most messages withdrawn by one call.
+const CANCEL_MAX: usize = 100;
 /// Request ids of a number are one space, whichever key or wire they come by.
 const REQUEST_SCOPE: &str = "send";
 
@@ -35,6 +40,10 @@ pub struct SendOrder<'a> {
     pub request_id: &'a str,
     /// The caller's own reference; empty for none.
     pub correlation_id: &'a str,
+    /// Not before this moment; in the past: at once.
+    pub send_time: Option<Timestamp>,
+    /// Not after this moment.
+    pub expire_time: Option<Timestamp>,
 }
 
 /// A message as its owner sees it.
@@ -62,7 +71,11 @@ impl Api {
         let handle = self.handle_of(record.id)?;
         let (to, content) = (command.to.clone(), command.content.clone());
         let (send_at, expires_at) = (command.send_at, command.expires_at);
-        let accepted = handle.send(command, &self.parts.random).await?;
+        let accepted = match times_of(&order, self.parts.clock.now()) {
+            Ok(()) => handle.send(command, &self.parts.random).await?,
+            // A repeat of what was right at its time gets the same answer.
+            Err(wrong) => handle.remembered(&command).await?.ok_or(wrong)?,
+        };
         metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
         let store = handle.store().ok_or(Reason::NumberUnavailable)?;
         if let Some(message) = store.message(accepted.seq).await? {
@@ -102,13 +115,16 @@ impl Api {
         self.shown(number.retention, card).ok_or_else(|| Reason::MessageNotFound.into())
     }
 
-    /// One outbound message of a number, by WhatsApp's id.
+    /// One outbound message of a number, by WhatsApp's id, or the newest one with this reference of its caller.
     ///
     /// # Errors
     /// See the contract.
-    pub async fn message_by_whatsapp_id(&self, number: NumberId, whatsapp_id: &str) -> Result<MessageCard, ApiError> {
+    pub async fn message_named(&self, number: NumberId, name: &str) -> Result<MessageCard, ApiError> {
         let store = self.store_of(number)?;
-        let message = store.outbound_with(whatsapp_id).await?.ok_or(Reason::MessageNotFound)?;
+        let message = match store.outbound_with(name).await? {
+            Some(message) => message,
+            None => store.correlated_with(name).await?.ok_or(Reason::MessageNotFound)?,
+        };
         let retention = self.parts.store.meta().number(number).ok_or(Reason::NumberNotFound)?.retention;
         let card = Cards::new(number, store).card(message).await?;
         self.shown(retention, card).ok_or_else(|| Reason::MessageNotFound.into())
@@ -125,6 +141,31 @@ impl Api {
             }
             None => None,
         }
+    }
+
+    /// Withdraws messages of one number; durable when this returns. What became of each, in the order asked. An id of
+    /// another number is as unknown as one that never existed.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn cancel_messages<'a>(
+        &self,
+        caller: Caller,
+        named: &str,
+        ids: &'a [String],
+    ) -> Result<Vec<(&'a str, CancelOutcome)>, ApiError> {
+        let number = self.number_meant(caller, named)?.id;
+        if !(1..=CANCEL_MAX).contains(&ids.len()) {
+            return Err(ApiError::field("ids", format!("must hold 1 to {CANCEL_MAX} ids")));
+        }
+        let seq_of = |id: &String| id.parse::<MessageId>().ok().filter(|id| id.number == number).map(|id| id.seq);
+        let mut seqs: Vec<MessageSeq> = ids.iter().filter_map(seq_of).collect();
+        seqs.sort_unstable();
+        seqs.dedup();
+        let outcomes: HashMap<_, _> = self.handle_of(number)?.cancel(&seqs).await?.into_iter().collect();
+        let outcome =
+            |id: &String| seq_of(id).and_then(|seq| outcomes.get(&seq).copied()).unwrap_or(CancelOutcome::NotFound);
+        Ok(ids.iter().map(|id| (id.as_str(), outcome(id))).collect())
     }
 
     /// A number's messages, newest first.
@@ -232,8 +273,8 @@ fn command_of(order: &SendOrder<'_>) -> Result<SendCommand, ApiError> {
         Ok(to) if violations.is_empty() => Ok(SendCommand {
             to,
             content: Content::Text(text.to_owned()),
-            send_at: None,
-            expires_at: None,
+            send_at: order.send_time,
+            expires_at: order.expire_time,
             correlation_id: some_text(order.correlation_id),
             request_id: some_text(order.request_id),
             scope: REQUEST_SCOPE.to_owned(),
@@ -244,6 +285,25 @@ fn command_of(order: &SendOrder<'_>) -> Result<SendCommand, ApiError> {
             Err(error)
         }
     }
+}
+
+/// Whether a message can be sent between these times, and soon enough to be kept for it.
+fn times_of(order: &SendOrder<'_>, now: Timestamp) -> Result<(), ApiError> {
+    let mut violations = Vec::new();
+    let mut wrong = |field, problem: &str| violations.extend(ApiError::field(field, problem).violations);
+    if order.send_time.is_some_and(|at| at > now.after(SCHEDULE_AHEAD_MAX)) {
+        wrong("send_time", "must be at most 30 days ahead");
+    }
+    if let Some(at) = order.expire_time {
+        if at <= now {
+            wrong("expire_time", "must be in the future");
+        } else if order.send_time.is_some_and(|send| at <= send) {
+            wrong("expire_time", "must be after the time to send at");
+        } else if at > now.after(SCHEDULE_AHEAD_MAX + DEADLINE_DEFAULT) {
+            wrong("expire_time", "must be at most 37 days ahead");
+        }
+    }
+    if violations.is_empty() { Ok(()) } else { Err(ApiError { violations, ..Reason::ValidationError.into() }) }
 }
 
 fn is_label(text: &str, chars_max: usize) -> bool {
@@ -257,14 +317,49 @@ fn some_text(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn wrong_fields(order: SendOrder<'_>) -> (Reason, Vec<&'static str>) {
         let error = command_of(&order).unwrap_err();
         (error.reason, error.violations.iter().map(|violation| violation.field).collect())
     }
 
-    const GOOD: SendOrder<'static> =
-        SendOrder { number: "", to: "+5511999999999", text: Some("hi"), request_id: "", correlation_id: "" };
+    const GOOD: SendOrder<'static> = SendOrder {
+        number: "",
+        to: "+5511999999999",
+        text: Some("hi"),
+        request_id: "",
+        correlation_id: "",
+        send_time: None,
+        expire_time: None,
+    };
+
+    #[test]
+    fn times_must_leave_room_for_a_send() {
+        let now = Timestamp(1_000_000_000_000);
+        let day = Duration::from_secs(24 * 3600);
+        let named = |send_time, expire_time| match times_of(&SendOrder { send_time, expire_time, ..GOOD }, now) {
+            Ok(()) => Vec::new(),
+            Err(error) => error.violations.iter().map(|violation| violation.field).collect(),
+        };
+        for (send, expire) in [
+            (None, None),
+            (Some(Timestamp(5)), None),
+            (Some(now.after(30 * day)), Some(now.after(37 * day))),
+            (None, Some(Timestamp(now.0 + 1))),
+        ] {
+            assert_eq!(named(send, expire), Vec::<&str>::new());
+        }
+        assert_eq!(named(Some(Timestamp(now.after(30 * day).0 + 1)), None), ["send_time"]);
+        for (send, expire) in [
+            (None, now),
+            (Some(Timestamp(5)), Timestamp(9)),
+            (Some(now.after(day)), now.after(day)),
+            (None, Timestamp(now.after(37 * day).0 + 1)),
+        ] {
+            assert_eq!(named(send, Some(expire)), ["expire_time"]);
+        }
+    }
 
     #[test]
     fn what_is_right_passes() {
@@ -280,7 +375,7 @@ mod tests {
         for text in [None, Some(""), Some(" \n "), Some(long.as_str())] {
             assert_eq!(wrong_fields(SendOrder { text, ..GOOD }), (Reason::ValidationError, vec!["text"]));
         }
-        let all = SendOrder { number: "", to: "abc", text: None, request_id: "ü", correlation_id: "a\nb" };
+        let all = SendOrder { to: "abc", text: None, request_id: "ü", correlation_id: "a\nb", ..GOOD };
         let expected = vec!["to", "text", "request_id", "correlation_id"];
         assert_eq!(wrong_fields(all), (Reason::InvalidDestination, expected));
     }

@@ -153,10 +153,11 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::limiter::NewChats;
 
     fn view(state: State, pairing: Pairing, linked: bool) -> NumberView {
         let (since, reason) = (Timestamp(1), String::new());
-        NumberView { state, since, reason, desired: Desired::Running, linked, pairing }
+        NumberView { state, since, reason, desired: Desired::Running, linked, pairing, new_chats: NewChats::Allowed }
     }
 
     fn code(text: &str) -> Pairing {

@@ -250,6 +250,8 @@ pub enum Removal {
         chat: ChatNo,
         /// WhatsApp's id, if it is found by it.
         whatsapp_id: Option<String>,
+        /// Its caller's reference, if it is found by it.
+        correlation_id: Option<String>,
     },
     /// Whom a chat without messages is with. That its addresses lead to this chat stays, as hashes: what arrives again
     /// is recognised by it.

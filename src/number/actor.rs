@@ -18,6 +18,7 @@ use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
 use crate::domain::id::{EventSeq, NumberId};
 use crate::domain::lifecycle;
+use crate::domain::limiter::NewChats;
 use crate::domain::message::FailureCode;
 use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
 use crate::domain::retention::Rules;
@@ -160,6 +161,12 @@ impl Actor for NumberActor {
                 } else {
                     let id = state.wait(Waiter::Send(reply, permit));
                     state.step(Input::Send(request, id), &myself);
+                }
+            }
+            NumberMessage::Cancel(targets, reply) => {
+                if state.loaded.is_some() {
+                    let id = state.wait(Waiter::Cancel(reply));
+                    state.step(Input::Cancel(targets, id), &myself);
                 }
             }
             NumberMessage::Control(control, reply) => {
@@ -402,7 +409,13 @@ impl NumberState {
         let life = number.life();
         stats.set_state(life.state.code(), life.state == lifecycle::State::Online);
         stats.set_desired_up(life.desired == lifecycle::Desired::Running && life.linked);
-        if self.handle.shows(life) {
+        let new_chats = number.new_chats();
+        let held = match new_chats {
+            NewChats::Held { until, .. } => Some(until),
+            NewChats::Allowed | NewChats::Probing => None,
+        };
+        stats.set_new_chats_held_until(held);
+        if self.handle.shows(life, new_chats) {
             return;
         }
         self.handle.change_view(|view| {
@@ -416,6 +429,7 @@ impl NumberState {
             view.reason.clone_from(&life.reason);
             view.desired = life.desired;
             view.linked = life.linked;
+            view.new_chats = new_chats;
         });
     }
 

@@ -192,6 +192,8 @@ impl NumberState {
             (Some(Waiter::RemoveEndpoint(to)), Reply::EndpointRemoved) => drop(to.send(Ok(()))),
             (Some(Waiter::RemoveEndpoint(to)), _) => drop(to.send(Err(EndpointRefused::NotFound))),
             (Some(Waiter::Inbound(to)), _) => drop(to.send(())),
+            (Some(Waiter::Cancel(to)), Reply::Cancelled(outcomes)) => drop(to.send(outcomes)),
+            (Some(Waiter::Cancel(_)), _) => {}
             (None, _) => {}
         }
     }

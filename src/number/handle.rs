@@ -11,10 +11,11 @@ use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused, StoreLost};
 use crate::domain::delivery::Endpoint;
-use crate::domain::id::{EventSeq, NumberId, TenantId};
+use crate::domain::id::{EventSeq, MessageSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
-use crate::domain::message::Content;
-use crate::domain::number::SendRequest;
+use crate::domain::limiter::NewChats;
+use crate::domain::message::{Content, Direction};
+use crate::domain::number::{CancelOutcome, CancelTarget, SendRequest};
 use crate::domain::outbox::Standing;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
@@ -45,6 +46,8 @@ pub struct NumberView {
     pub linked: bool,
     /// Where linking stands, while somebody is at it.
     pub pairing: Pairing,
+    /// Whether it may write to people who never wrote to it.
+    pub new_chats: NewChats,
 }
 
 /// Where linking stands.
@@ -136,6 +139,7 @@ impl NumberHandle {
             desired: Desired::Running,
             linked: false,
             pairing: Pairing::Idle,
+            new_chats: NewChats::Allowed,
         };
         Self {
             id,
@@ -192,9 +196,10 @@ impl NumberHandle {
     }
 
     /// Whether the view tells this life already.
-    pub(crate) fn shows(&self, life: &Life) -> bool {
+    pub(crate) fn shows(&self, life: &Life, new_chats: NewChats) -> bool {
         let view = self.view.borrow();
-        view.state == life.state
+        view.new_chats == new_chats
+            && view.state == life.state
             && view.since == life.since
             && view.reason == life.reason
             && view.desired == life.desired
@@ -338,6 +343,43 @@ impl NumberHandle {
         failpoint::reach(Failpoint::AcceptAsked);
         live.actor.cast(message).map_err(|_| SendRefused::NotReady)?;
         answer.await.unwrap_or(Err(SendRefused::NotReady))
+    }
+
+    /// What a request was answered before, if its request id is remembered.
+    ///
+    /// # Errors
+    /// `RequestIdReused` when it asked for something else.
+    pub async fn remembered(&self, command: &SendCommand) -> Result<Option<Accepted>, SendRefused> {
+        let Some(request_id) = &command.request_id else { return Ok(None) };
+        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let key = live.store.idempotency_key(&command.scope, request_id);
+        let record = live.store.idempotency(key).await.map_err(|_| SendRefused::NotReady)?;
+        match record {
+            Some(record) if record.body != body_digest(command) => Err(SendRefused::RequestIdReused),
+            Some(record) => Ok(Some(Accepted { seq: record.seq, created_at: record.created_at, predicted_wait: None })),
+            None => Ok(None),
+        }
+    }
+
+    /// Withdraws messages: durable when this returns `Ok`. What became of each, in the order asked.
+    ///
+    /// # Errors
+    /// `NotReady` while the number starts, or when it went down during the call; asking again is always safe.
+    pub async fn cancel(&self, seqs: &[MessageSeq]) -> Result<Vec<(MessageSeq, CancelOutcome)>, SendRefused> {
+        let _permit = self.calls.clone().try_acquire_owned().map_err(|_| SendRefused::Busy)?;
+        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let mut targets = Vec::with_capacity(seqs.len());
+        for seq in seqs {
+            let record = live.store.message(*seq).await.map_err(|_| SendRefused::NotReady)?;
+            let stored = match record.filter(|record| record.direction == Direction::Outbound) {
+                Some(_) => Some(live.store.progress(*seq).await.map_err(|_| SendRefused::NotReady)?),
+                None => None,
+            };
+            targets.push(CancelTarget { seq: *seq, stored });
+        }
+        let (reply, answer) = oneshot::channel();
+        live.actor.cast(NumberMessage::Cancel(targets, reply)).map_err(|_| SendRefused::NotReady)?;
+        answer.await.map_err(|_| SendRefused::NotReady)
     }
 
     /// Gives an order. Its outcome shows in the view.

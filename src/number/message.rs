@@ -10,7 +10,7 @@ use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
 use crate::domain::id::MessageSeq;
 use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
-use crate::domain::number::{Arrived, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
+use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
@@ -135,6 +135,7 @@ pub(super) enum Waiter {
     AddEndpoint(oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     RemoveEndpoint(oneshot::Sender<Result<(), EndpointRefused>>),
     Inbound(oneshot::Sender<()>),
+    Cancel(oneshot::Sender<Vec<(MessageSeq, CancelOutcome)>>),
 }
 
 /// An event of the session, resolved against the disk.
@@ -170,6 +171,8 @@ pub enum NumberMessage {
     },
     /// An order; answered when taken.
     Control(Control, oneshot::Sender<()>),
+    /// Withdraw messages; answered when durable.
+    Cancel(Vec<CancelTarget>, oneshot::Sender<Vec<(MessageSeq, CancelOutcome)>>),
     /// Add a webhook endpoint.
     AddEndpoint(Box<Endpoint>, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     /// Remove one.

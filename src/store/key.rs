@@ -53,6 +53,8 @@ pub enum Tag {
     SeenTime = 0x17,
     /// Chats whose other side has written, by number.
     ChatHeard = 0x18,
+    /// h(caller's reference) of outbound messages to sequence; the newest one wins.
+    CorrelationId = 0x19,
     /// Accepted sends that are not settled, by sequence.
     Outbox = 0x20,
     /// What they say, where the history does not keep it.

@@ -145,6 +145,9 @@ impl NumberStore {
         unit.put(Tag::ChatMessage, pair_key(record.chat.0, record.seq.0), []);
         if record.direction == Direction::Outbound {
             unit.put(Tag::WhatsappId, self.hashed("out", record.whatsapp_id.as_bytes()), seq);
+            if let Some(reference) = &record.correlation_id {
+                unit.put(Tag::CorrelationId, self.hashed("reference", reference.as_bytes()), seq);
+            }
         }
     }
 
@@ -256,6 +259,17 @@ impl NumberStore {
     /// When the store cannot be read.
     pub async fn outbound_with(&self, whatsapp_id: &str) -> Result<Option<MessageRecord>, StoreError> {
         let Some(seq) = self.get(Tag::WhatsappId, &self.hashed("out", whatsapp_id.as_bytes())).await? else {
+            return Ok(None);
+        };
+        self.message(MessageSeq(word(&seq)?)).await
+    }
+
+    /// The newest outbound message with this reference of its caller.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn correlated_with(&self, reference: &str) -> Result<Option<MessageRecord>, StoreError> {
+        let Some(seq) = self.get(Tag::CorrelationId, &self.hashed("reference", reference.as_bytes())).await? else {
             return Ok(None);
         };
         self.message(MessageSeq(word(&seq)?)).await

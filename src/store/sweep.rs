@@ -299,9 +299,13 @@ impl NumberStore {
             Removal::Seen(at, hash) => {
                 unit.delete(Tag::Seen, hash.0).delete(Tag::SeenTime, time_key(at, &hash.0));
             }
-            Removal::Message { seq, chat, whatsapp_id } => {
+            Removal::Message { seq, chat, whatsapp_id, correlation_id } => {
                 unit.delete(Tag::Message, seq.0.to_be_bytes());
                 unit.delete(Tag::ChatMessage, pair_key(chat.0, seq.0));
+                // A newer message with the same reference is then found by its other names only.
+                if let Some(reference) = correlation_id {
+                    unit.delete(Tag::CorrelationId, self.hashed("reference", reference.as_bytes()));
+                }
                 if let Some(whatsapp_id) = whatsapp_id {
                     unit.delete(Tag::WhatsappId, self.hashed("out", whatsapp_id.as_bytes()));
                     unit.delete(Tag::Progress, seq.0.to_be_bytes());
@@ -329,5 +333,5 @@ impl NumberStore {
 fn message_removal(record: &MessageRecord) -> Removal {
     let outbound = record.direction == Direction::Outbound;
     let whatsapp_id = outbound.then(|| record.whatsapp_id.clone());
-    Removal::Message { seq: record.seq, chat: record.chat, whatsapp_id }
+    Removal::Message { seq: record.seq, chat: record.chat, whatsapp_id, correlation_id: record.correlation_id.clone() }
 }

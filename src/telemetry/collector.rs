@@ -33,7 +33,7 @@ const fn family(
     Family { name, kind, help, read }
 }
 
-const FAMILIES: [Family; 14] = [
+const FAMILIES: [Family; 15] = [
     family("up", "gauge", "Whether sends are possible now", |stats, _| Value::Integer(stats.is_up().into())),
     family("desired_up", "gauge", "Whether the owner wants it connected", |stats, _| {
         Value::Integer(stats.is_desired_up().into())
@@ -69,6 +69,15 @@ const FAMILIES: [Family; 14] = [
     family("send_budget_remaining", "gauge", "Sends that would go out at once", |stats, _| {
         Value::Integer(stats.send_budget_remaining())
     }),
+    family(
+        "new_chats_held_until_timestamp_seconds",
+        "gauge",
+        "Until when WhatsApp takes no new chats; 0 when it does",
+        |stats, _| {
+            let until = stats.new_chats_held_until().unwrap_or_default();
+            Value::Seconds(Duration::from_millis(until.0))
+        },
+    ),
     family(
         "last_activity_timestamp_seconds",
         "gauge",

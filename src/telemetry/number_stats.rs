@@ -45,6 +45,7 @@ pub struct NumberStats {
     /// Deliveries that wait for an endpoint.
     pub webhooks: Queue,
     send_budget_remaining: AtomicU64,
+    new_chats_held_until: AtomicU64,
     last_activity: AtomicU64,
 }
 
@@ -134,6 +135,20 @@ impl NumberStats {
     #[must_use]
     pub fn send_budget_remaining(&self) -> u64 {
         self.send_budget_remaining.load(Ordering::Relaxed)
+    }
+
+    /// Until when messages to people who never wrote are held.
+    pub fn set_new_chats_held_until(&self, until: Option<Timestamp>) {
+        self.new_chats_held_until.store(until.map_or(0, |until| until.0), Ordering::Relaxed);
+    }
+
+    /// Until when messages to people who never wrote are held, if they are.
+    #[must_use]
+    pub fn new_chats_held_until(&self) -> Option<Timestamp> {
+        match self.new_chats_held_until.load(Ordering::Relaxed) {
+            0 => None,
+            at => Some(Timestamp(at)),
+        }
     }
 
     /// Traffic in either direction.

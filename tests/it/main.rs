@@ -20,6 +20,7 @@ mod disk;
 mod failures;
 mod harness;
 mod isolation;
+mod outbox;
 mod restart;
 mod retention;
 mod sealing;

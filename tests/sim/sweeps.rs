@@ -42,7 +42,8 @@ impl Records {
                 for record in &old {
                     let outbound = record.direction == Direction::Outbound;
                     let whatsapp_id = outbound.then(|| record.whatsapp_id.clone());
-                    removals.push(Removal::Message { seq: record.seq, chat: record.chat, whatsapp_id });
+                    let (seq, chat) = (record.seq, record.chat);
+                    removals.push(Removal::Message { seq, chat, whatsapp_id, correlation_id: None });
                 }
                 let chats: BTreeSet<ChatNo> = old.iter().map(|record| record.chat).collect();
                 let last = |chat| old.iter().filter(|record| record.chat == chat).map(|record| record.seq).max();

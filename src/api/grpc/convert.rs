@@ -12,7 +12,9 @@ use crate::api::webhooks::WebhookCard;
 use crate::domain::event::{Event, EventBody};
 use crate::domain::id::{EventId, MessageId};
 use crate::domain::lifecycle::Desired;
+use crate::domain::limiter::NewChats;
 use crate::domain::message::{Direction, FailureCode, MessageStatus};
+use crate::domain::number::CancelOutcome;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
@@ -30,6 +32,22 @@ pub(super) fn duration(duration: &prost_types::Duration) -> Result<Duration, Api
         (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => Ok(Duration::new(seconds, nanos)),
         _ => Err(ApiError::field("progress_interval", "must not be negative")),
     }
+}
+
+pub(super) fn moment(field: &'static str, at: Option<&prost_types::Timestamp>) -> Result<Option<Timestamp>, ApiError> {
+    let Some(at) = at else { return Ok(None) };
+    match (u64::try_from(at.seconds), u64::try_from(at.nanos)) {
+        (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => {
+            Ok(Some(Timestamp(seconds.saturating_mul(1000).saturating_add(nanos / 1_000_000))))
+        }
+        _ => Err(ApiError::field(field, "must be a time after 1970")),
+    }
+}
+
+pub(super) fn cancel_result(id: &str, outcome: CancelOutcome) -> pb::CancelResult {
+    let cancelled = outcome == CancelOutcome::Cancelled;
+    let reason = if cancelled { String::new() } else { outcome.name().to_owned() };
+    pb::CancelResult { id: id.to_owned(), cancelled, reason }
 }
 
 pub(super) fn kind_of(kind: i32) -> Result<NumberKind, ApiError> {
@@ -50,6 +68,10 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         NumberKind::Linked => pb::NumberKind::Linked,
         NumberKind::Official => pb::NumberKind::Official,
     };
+    let held = match view.new_chats {
+        NewChats::Held { until, reason } => Some((until, reason)),
+        NewChats::Allowed | NewChats::Probing => None,
+    };
     let desired = match view.desired {
         Desired::Running => pb::DesiredState::Running,
         Desired::Stopped => pb::DesiredState::Stopped,
@@ -69,6 +91,8 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         desired_state: desired.into(),
         create_time: Some(time(record.created_at)),
         retention: Some(retention(record.retention)),
+        new_chats_held_until: held.map(|(until, _)| time(until)),
+        new_chats_held_reason: held.map(|(_, reason)| reason.name().to_owned()).unwrap_or_default(),
     }
 }
 
@@ -137,6 +161,8 @@ pub(super) fn message(card: MessageCard) -> pb::Message {
         failure_code: failure(progress.and_then(|progress| progress.failure)),
         whatsapp_id: record.whatsapp_id,
         correlation_id: record.correlation_id.unwrap_or_default(),
+        send_time: moment(record.send_at),
+        expire_time: moment(record.expires_at),
     }
 }
 

@@ -26,9 +26,26 @@ impl pb::message_service_server::MessageService for Service {
                 text,
                 request_id: &asked.request_id,
                 correlation_id: &asked.correlation_id,
+                send_time: convert::moment("send_time", asked.send_time.as_ref())?,
+                expire_time: convert::moment("expire_time", asked.expire_time.as_ref())?,
             };
             let card = self.api.send_message(caller, order).await?;
             Ok(pb::SendMessageResponse { message: Some(convert::message(card)) })
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn cancel_messages(
+        &self,
+        request: Request<pb::CancelMessagesRequest>,
+    ) -> Result<Response<pb::CancelMessagesResponse>, Status> {
+        let call = self.begin("CancelMessages");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            let outcomes = self.api.cancel_messages(caller, &asked.number, &asked.ids).await?;
+            let results = outcomes.into_iter().map(|(id, outcome)| convert::cancel_result(id, outcome)).collect();
+            Ok(pb::CancelMessagesResponse { results })
         };
         call.answer(outcome.await)
     }

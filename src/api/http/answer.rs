@@ -45,6 +45,9 @@ fn json_name(field: &'static str) -> &'static str {
         "to" => "destinationNumber",
         "request_id" => "Idempotency-Key",
         "correlation_id" => "correlationId",
+        "send_time" => "deliverAt",
+        "expire_time" => "deliverUntil",
+        "ids" => "messageIds",
         field => field,
     }
 }

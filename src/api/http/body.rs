@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::api::error::{ApiError, Reason, Violation};
+use crate::domain::time::Timestamp;
 
 /// The fields of a request, taken one by one.
 pub(super) struct Fields {
@@ -49,6 +50,36 @@ impl Fields {
         }
     }
 
+    /// A moment in ISO 8601 with its offset; `None` when it is absent, `null` or wrong.
+    pub(super) fn moment(&mut self, field: &'static str) -> Option<Timestamp> {
+        let text = self.text(field)?;
+        let moment = text.parse::<jiff::Timestamp>().ok().and_then(|at| u64::try_from(at.as_millisecond()).ok());
+        if moment.is_none() {
+            self.wrong(field, "must be a time in ISO 8601 such as 2026-11-22T18:00:00Z");
+        }
+        moment.map(Timestamp)
+    }
+
+    /// A list of texts; `None` when it is absent, `null` or wrong.
+    pub(super) fn texts(&mut self, field: &'static str) -> Option<Vec<String>> {
+        let texts = match self.object.remove(field)? {
+            Value::Array(entries) => entries.into_iter().map(|entry| match entry {
+                Value::String(text) => Some(text),
+                _ => None,
+            }),
+            Value::Null => return None,
+            _ => {
+                self.wrong(field, "must be a list of strings");
+                return None;
+            }
+        };
+        let texts: Option<Vec<String>> = texts.collect();
+        if texts.is_none() {
+            self.wrong(field, "must be a list of strings");
+        }
+        texts
+    }
+
     /// A field that exists in the product and not in this version.
     pub(super) fn unsupported(&mut self, field: &'static str) {
         if self.object.remove(field).is_some_and(|value| !value.is_null()) {
@@ -84,6 +115,18 @@ mod tests {
         let error = fields.end().unwrap_err();
         let named: Vec<_> = error.violations.iter().map(|wrong| wrong.field).collect();
         assert_eq!(named, ["text", "media", "body"]);
+    }
+
+    #[test]
+    fn times_and_lists_are_read() {
+        let body = br#"{"at": "2025-11-22T11:59:59.042-02:00", "no": "soon", "ids": ["a", "b"], "mixed": ["a", 1]}"#;
+        let mut fields = Fields::read(body).unwrap();
+        assert_eq!(fields.moment("at"), Some(Timestamp(1_763_819_999_042)));
+        assert_eq!((fields.moment("no"), fields.moment("none")), (None, None));
+        assert_eq!(fields.texts("ids"), Some(vec!["a".to_owned(), "b".to_owned()]));
+        assert_eq!(fields.texts("mixed"), None);
+        let error = fields.end().unwrap_err();
+        assert_eq!(error.violations.iter().map(|wrong| wrong.field).collect::<Vec<_>>(), ["no", "mixed"]);
     }
 
     #[test]

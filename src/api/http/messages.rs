@@ -13,15 +13,16 @@ use super::body::Fields;
 use crate::api::error::{ApiError, Reason};
 use crate::api::messages::{MessageCard, SendOrder};
 use crate::api::service::{Api, number_only};
-use crate::domain::id::NumberId;
+use crate::domain::id::{MessageId, NumberId};
 use crate::domain::message::MessageStatus;
+use crate::domain::number::CancelOutcome;
 use crate::domain::phone::Phone;
 use crate::domain::time::Timestamp;
 
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 
 /// Fields of the product's send call that this version refuses rather than ignores.
-const UNSUPPORTED: [&str; 14] = [
+const UNSUPPORTED: [&str; 12] = [
     "templateId",
     "variables",
     "media",
@@ -33,8 +34,6 @@ const UNSUPPORTED: [&str; 14] = [
     "groupId",
     "newsletterId",
     "labels",
-    "deliverAt",
-    "deliverUntil",
     "marketingOptions",
 ];
 
@@ -51,6 +50,7 @@ async fn accept(api: &Api, headers: &HeaderMap, body: &[u8]) -> Result<Value, Ap
     let mut fields = Fields::read(body)?;
     let (text, to) = (fields.text("text"), fields.text("destinationNumber"));
     let given_correlation = fields.text("correlationId");
+    let (send_time, expire_time) = (fields.moment("deliverAt"), fields.moment("deliverUntil"));
     for field in UNSUPPORTED {
         fields.unsupported(field);
     }
@@ -71,6 +71,8 @@ async fn accept(api: &Api, headers: &HeaderMap, body: &[u8]) -> Result<Value, Ap
         text: text.as_deref(),
         request_id,
         correlation_id: &correlation_id,
+        send_time,
+        expire_time,
     };
     let card = api.send_message(caller, order).await?;
     let source = api.number(caller, "")?.record.phone.e164();
@@ -85,7 +87,27 @@ async fn accept(api: &Api, headers: &HeaderMap, body: &[u8]) -> Result<Value, Ap
     }))
 }
 
-/// `GET /v1/messages/{id}`, by our id or by WhatsApp's.
+/// `DELETE /v1/messages/cancel`.
+pub(super) async fn cancel(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Response {
+    let call = Call::begin(&api, "DELETE /v1/messages/cancel");
+    let outcome = async {
+        let caller = caller(&api, &headers)?;
+        number_only(caller)?;
+        let mut fields = Fields::read(&body)?;
+        let ids = fields.texts("messageIds").unwrap_or_default();
+        fields.end()?;
+        let outcomes = api.cancel_messages(caller, "", &ids).await?;
+        let (cancelled, failed): (Vec<_>, Vec<_>) =
+            outcomes.into_iter().partition(|(_, outcome)| *outcome == CancelOutcome::Cancelled);
+        let cancelled: Vec<&str> = cancelled.into_iter().map(|(id, _)| id).collect();
+        let failed: Vec<Value> =
+            failed.into_iter().map(|(id, outcome)| json!({"id": id, "reason": outcome.name()})).collect();
+        Ok(json!({"cancelled": cancelled, "failed": failed}))
+    };
+    call.answer(StatusCode::OK, outcome.await)
+}
+
+/// `GET /v1/messages/{id}`, by our id, by WhatsApp's or by the caller's reference.
 pub(super) async fn get(State(api): State<Arc<Api>>, headers: HeaderMap, Path(id): Path<String>) -> Response {
     let call = Call::begin(&api, "GET /v1/messages/{id}");
     let outcome = async {
@@ -106,6 +128,8 @@ pub(super) async fn get(State(api): State<Arc<Api>>, headers: HeaderMap, Path(id
             "destinationNumber": card.peer.as_ref().map(Phone::e164),
             "template": null,
             "createdAt": card.record.created_at.to_string(),
+            "deliverAt": moment(card.record.send_at),
+            "deliverUntil": moment(card.record.expires_at),
             "sentAt": moment(progress.sent_at),
             "deliveredAt": moment(progress.delivered_at),
             "readAt": moment(progress.read_at),
@@ -117,10 +141,10 @@ pub(super) async fn get(State(api): State<Arc<Api>>, headers: HeaderMap, Path(id
     call.answer(StatusCode::OK, outcome.await)
 }
 
-/// By WhatsApp's id, when the text is not one of ours.
+/// By WhatsApp's id or the caller's reference, when the text is not an id of ours.
 async fn find(api: &Api, number: NumberId, id: &str) -> Option<Result<MessageCard, ApiError>> {
-    if id.starts_with("msg_") {
+    if id.parse::<MessageId>().is_ok() {
         return None;
     }
-    Some(api.message_by_whatsapp_id(number, id).await)
+    Some(api.message_named(number, id).await)
 }

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::server::graceful::GracefulShutdown;
@@ -51,6 +51,7 @@ pub async fn public(api: &Arc<Api>, limits: PublicLimits) -> Result<(Router, Hea
     let (grpc, health) = routes(api).await?;
     let json = Router::new()
         .route("/v1/messages/send", post(messages::send))
+        .route("/v1/messages/cancel", delete(messages::cancel))
         .route("/v1/messages/history", get(history::list))
         .route("/v1/messages/{id}", get(messages::get))
         .route("/v1/numbers", get(numbers::list))
