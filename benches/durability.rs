@@ -274,6 +274,8 @@ async fn fill(directory: &Path, rows: u64, random: &Arc<Random>) {
                 sender_name: None,
                 created_at: at,
                 written_at: at,
+                send_at: None,
+                expires_at: None,
             })
         };
         let last = (first + FILL - 1).min(rows);
