@@ -70,6 +70,15 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
+    /// Whether the server may know less of the end than we do: it may still be working on what the socket carried.
+    #[must_use]
+    pub const fn leaves_the_server_behind(&self) -> bool {
+        matches!(
+            self,
+            Self::ConnectionLost | Self::Unresponsive | Self::HandshakeSilent | Self::StoreFailed | Self::Crashed
+        )
+    }
+
     /// Stable code for the API, events, metrics and logs.
     #[must_use]
     pub const fn code(&self) -> &'static str {

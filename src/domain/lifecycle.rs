@@ -175,6 +175,13 @@ pub enum Effect {
     ResetBackoff,
 }
 
+/// How long after a socket went without a word the server may still come to a log-in that was on it.
+const ECHO_WINDOW: Duration = Duration::from_secs(120);
+/// Wait after our own echo, so that the server has seen the last of it.
+const ECHO_PAUSE: Duration = Duration::from_secs(5);
+/// A replacement is taken for our own echo once in this time.
+const ECHO_EVERY: Duration = Duration::from_secs(3600);
+
 /// The life of one number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Life {
@@ -191,6 +198,12 @@ pub struct Life {
     failures: u32,
     rate_limits: u32,
     last_immediate: Option<Timestamp>,
+    /// Until when the server may still come to a log-in of ours whose socket is gone.
+    #[serde(default)]
+    echo_until: Option<Timestamp>,
+    /// When a replacement was last taken for our own echo.
+    #[serde(default)]
+    last_echo: Option<Timestamp>,
     stable: bool,
 }
 
@@ -207,6 +220,8 @@ impl Life {
             failures: 0,
             rate_limits: 0,
             last_immediate: None,
+            echo_until: None,
+            last_echo: None,
             stable: false,
         }
     }
@@ -218,6 +233,9 @@ impl Life {
     pub fn revived(mut self, has_credentials: bool, now: Timestamp) -> Self {
         if self.state == State::Linking {
             self.linked |= has_credentials;
+        }
+        if self.has_session() {
+            self.echo_until = Some(now.after(ECHO_WINDOW));
         }
         let state = match self.state {
             State::Linking if self.linked => State::Offline { retry_at: now },
@@ -425,11 +443,22 @@ impl Life {
         self.tick(now)
     }
 
+    /// Whether a replacement is probably our own work: the last log-in of a life that was killed, or of a socket that was
+    /// cut, may reach the server after its successor's. Taken so once an hour, so that two daemons with the same
+    /// credentials do not evict each other for ever.
+    fn is_echo(&self, now: Timestamp) -> bool {
+        let recent = self.last_echo.is_some_and(|last| now.since(last) < ECHO_EVERY);
+        !recent && self.echo_until.is_some_and(|until| now <= until)
+    }
+
     /// The verdict for each reason; sources: whatsmeow's and whatsapp-rust's handling of the same codes.
     fn verdict(&mut self, reason: &CloseReason, backoff: Duration, now: Timestamp) -> State {
         self.failures = self.failures.saturating_add(1);
         let back_off = State::Offline { retry_at: now.after(backoff) };
         let suspicious = self.failures >= SUSPICIOUS_FAILURES;
+        if reason.leaves_the_server_behind() {
+            self.echo_until = Some(now.after(ECHO_WINDOW));
+        }
         match reason {
             CloseReason::Recycled => {
                 let again = self.last_immediate.is_some_and(|last| now.since(last) < IMMEDIATE_RECONNECT_EVERY);
@@ -458,6 +487,10 @@ impl Life {
             CloseReason::LoggedOut { .. } | CloseReason::Locked | CloseReason::Banned => State::LoggedOut,
             CloseReason::TemporarilyBanned { until, .. } => {
                 State::Parked { until: until.unwrap_or(now.after(BAN_DEFAULT)).max(now) }
+            }
+            CloseReason::Replaced if self.is_echo(now) => {
+                self.last_echo = Some(now);
+                State::Offline { retry_at: now.after(backoff.max(ECHO_PAUSE)) }
             }
             CloseReason::Replaced => State::Replaced,
             CloseReason::ClientOutdated => State::Parked { until: now.after(OUTDATED_PAUSE) },
@@ -529,6 +562,35 @@ mod tests {
         for (reason, expected) in table {
             assert_eq!(after(reason.clone()), expected, "{reason:?}");
         }
+    }
+
+    #[test]
+    fn an_echo_of_our_own_is_no_replacement_but_once_an_hour() {
+        let close = |reason| Input::Closed { reason, backoff: BACKOFF };
+        let online_at = |life: &mut Life, now| {
+            life.enter(State::Online, now);
+        };
+        let waits =
+            |life: &Life, now: Timestamp| life.state == State::Offline { retry_at: now.after(BACKOFF.max(ECHO_PAUSE)) };
+        let mut killed = online().revived(true, NOW);
+        online_at(&mut killed, NOW);
+        killed.step(close(CloseReason::Replaced), NOW.after(ECHO_WINDOW));
+        assert!(waits(&killed, NOW.after(ECHO_WINDOW)), "{:?}", killed.state);
+        for (later, expected) in [(ECHO_EVERY / 2, false), (ECHO_EVERY * 2, true)] {
+            let mut life = killed.clone();
+            let now = NOW.after(ECHO_WINDOW).after(later);
+            online_at(&mut life, now);
+            life.step(close(CloseReason::ConnectionLost), now);
+            online_at(&mut life, now);
+            life.step(close(CloseReason::Replaced), now);
+            assert_eq!(waits(&life, now), expected);
+            assert_eq!(life.state == State::Replaced, !expected);
+        }
+        let mut late = online().revived(true, NOW);
+        let now = NOW.after(ECHO_WINDOW + Duration::from_millis(1));
+        online_at(&mut late, now);
+        late.step(close(CloseReason::Replaced), now);
+        assert_eq!(late.state, State::Replaced, "somebody else");
     }
 
     #[test]
