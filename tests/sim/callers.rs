@@ -11,6 +11,7 @@ use super::world::{Happens, World};
 
 /// Most scheduled sends and deadlines lie within this, in milliseconds.
 const SOON_MAX: u64 = 20_000;
+const HOUR: u64 = 3_600_000;
 
 /// One call for a message to be sent.
 #[derive(Debug, Clone)]
@@ -79,7 +80,8 @@ impl World {
 
     /// Mostly soon, sometimes in an hour.
     fn soon(&mut self) -> Timestamp {
-        let most = self.rng.pick(&[100, SOON_MAX, SOON_MAX, 3_600_000]);
+        let far = if self.plan.sweeps_seldom() { HOUR } else { SOON_MAX };
+        let most = self.rng.pick(&[100, SOON_MAX, SOON_MAX, far]);
         Timestamp(self.now + self.rng.below(most))
     }
 

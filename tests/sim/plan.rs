@@ -67,8 +67,8 @@ pub(crate) struct Plan {
     pub(crate) chapters: u64,
 }
 
-/// A world in which new chats are locked looks for old rows no more often than this.
-const LOCKED_SWEEPS_MIN: Duration = Duration::from_secs(600);
+/// A world with long waits looks for old rows no more often than this: it would do little else.
+const SELDOM: Duration = Duration::from_secs(600);
 
 impl Plan {
     pub(crate) fn draw(rng: &mut Rng) -> Self {
@@ -85,8 +85,8 @@ impl Plan {
             cut_on_send: rng.pick(&[0, 5, 30]),
             not_written: rng.pick(&[0, 10, 100]),
             refused: rng.pick(&[0, 20, 100]),
-            // A hold lasts a day: with a pass of the sweep every few seconds that is too many of them.
-            locked: if sweep_every >= LOCKED_SWEEPS_MIN { rng.pick(&[100, 500]) } else { 0 },
+            // A hold lasts a day.
+            locked: if sweep_every >= SELDOM { rng.pick(&[100, 500]) } else { 0 },
             scheduled: rng.pick(&[0, 50, 300]),
             deadline: rng.pick(&[0, 50, 300]),
             opaque: rng.pick(&[0, 50, 300]),
@@ -115,5 +115,10 @@ impl Plan {
             chapter: 500 + rng.below(1000),
             chapters: 4,
         }
+    }
+
+    /// Whether long waits cost little.
+    pub(crate) fn sweeps_seldom(&self) -> bool {
+        self.rules.policy.sweep_every >= SELDOM
     }
 }
