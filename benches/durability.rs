@@ -39,7 +39,7 @@ use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::message_service_client::MessageServiceClient;
 use switchboard::api::grpc::proto::webhook_service_client::WebhookServiceClient;
 use switchboard::domain::change::Change;
-use switchboard::domain::delivery::DeliveryRow;
+use switchboard::domain::delivery::{Course, DeliveryRow};
 use switchboard::domain::event::{Event, EventBody, ReceivedEvent};
 use switchboard::domain::id::{ChatNo, EventId, EventSeq, MessageId, MessageSeq};
 use switchboard::domain::message::{Content, Direction, MessageRecord};
@@ -230,7 +230,9 @@ async fn webhooks(directory: &Path, key: &str, random: &Arc<Random>) {
 async fn enqueue(store: &Store, index: usize) {
     let number = store.claim(number_id(index), (index % usize::from(VOLUMES)) as u8).await.unwrap();
     let snapshot = number.load().await.unwrap();
-    let (mut counters, endpoint) = (snapshot.counters, snapshot.endpoints[0].0.ordinal);
+    let mut counters = snapshot.counters;
+    let stored = &snapshot.endpoints[0];
+    let (endpoint, mut state) = (stored.endpoint.ordinal, stored.state.unwrap_or_default());
     let mut changes = Vec::new();
     for nth in 0..WEBHOOKS as u64 {
         counters.event += 1;
@@ -245,9 +247,20 @@ async fn enqueue(store: &Store, index: usize) {
             written_at: now(),
         });
         changes.push(Change::Event(Event { id: EventId { number: number.number(), seq }, at: now(), body }));
-        let row = DeliveryRow { event: seq, chat: Some(chat), attempts: 0, due: Timestamp(0), queued_at: now() };
+        state.last_sequence.0 += 1;
+        let row = DeliveryRow {
+            event: seq,
+            chat: Some(chat),
+            attempts: 0,
+            due: Timestamp(0),
+            queued_at: now(),
+            sequence: state.last_sequence,
+            course: Course::Live,
+            stuck_since: None,
+        };
         changes.push(Change::Delivery(endpoint, row));
     }
+    changes.push(Change::EndpointState(endpoint, state));
     changes.push(Change::Counters(counters));
     write(&number, changes).await;
 }

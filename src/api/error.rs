@@ -266,6 +266,7 @@ impl From<EndpointRefused> for ApiError {
             EndpointRefused::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
             EndpointRefused::NotFound => Reason::WebhookNotFound.into(),
             EndpointRefused::TooMany => Reason::WebhookLimitExceeded.into(),
+            EndpointRefused::ReplayBusy => Self::from(Reason::NumberBusy).retry_after(RETRY_LATER),
         }
     }
 }

@@ -259,7 +259,8 @@ fn text_of(event: &Event) -> usize {
         EventBody::Outbound(_)
         | EventBody::NumberCreated
         | EventBody::NumberConnected
-        | EventBody::NumberDisconnected { .. } => 0,
+        | EventBody::NumberDisconnected { .. }
+        | EventBody::WebhookDisabled { .. } => 0,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::error::{ApiError, Reason};
 use super::service::Api;
 use crate::domain::access::Caller;
-use crate::domain::delivery::Endpoint;
+use crate::domain::endpoint::{Endpoint, EndpointStatus};
 use crate::domain::event::EventFilter;
 use crate::domain::id::EndpointId;
 use crate::webhook::guard;
@@ -36,6 +36,7 @@ impl Api {
         let checked = guard::check_url(url, self.parts.webhook_policy)
             .map_err(|refusal| ApiError::of_field(Reason::WebhookUrlRefused, "url", refusal.to_string()))?;
         let secret = Secret::mint(&self.parts.random.bytes());
+        let now = self.parts.clock.now();
         let endpoint = Endpoint {
             // The number chooses it.
             ordinal: 0,
@@ -43,8 +44,10 @@ impl Api {
             url: url.to_owned(),
             filter,
             secrets: vec![secret.reveal()],
-            active: true,
-            created_at: self.parts.clock.now(),
+            overlap_until: None,
+            status: EndpointStatus::Active,
+            created_at: now,
+            updated_at: now,
         };
         let endpoint = self.handle_of(number)?.add_endpoint(endpoint).await?;
         tracing::info!(number = %number, endpoint = endpoint.ordinal, "webhook created");

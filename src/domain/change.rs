@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::delivery::{DeliveryRow, Endpoint};
-use super::event::Event;
+use super::delivery::{Course, DeadLetter, DeliveryRow};
+use super::endpoint::{DeliverySeq, Endpoint, EndpointState};
+use super::event::{Event, EventKind};
 use super::id::{ChatNo, EventSeq, MessageSeq};
 use super::lifecycle::Life;
 use super::limiter::LimiterRecord;
@@ -41,14 +42,18 @@ pub enum Change {
     /// An event waits for an endpoint.
     Delivery(u32, DeliveryRow),
     /// It no longer does.
-    DeliveryGone(u32, EventSeq),
+    DeliveryGone(u32, DeliverySeq),
     /// It was given up.
-    DeadLetter(u32, DeliveryRow),
+    DeadLetter(u32, DeadLetter),
+    /// The dead letter of this event came back.
+    DeadLetterGone(u32, EventSeq),
     /// What became of one attempt.
     Attempt(AttemptRecord),
     /// A webhook endpoint.
     Endpoint(Endpoint),
-    /// A webhook endpoint and everything queued for it.
+    /// What moves with an endpoint's deliveries.
+    EndpointState(u32, EndpointState),
+    /// A webhook endpoint was removed; what is left of it is swept.
     EndpointGone(u32),
     /// High-water marks; part of every change that moves one.
     Counters(Counters),
@@ -101,6 +106,15 @@ pub struct AttemptRecord {
     pub endpoint: u32,
     /// The event.
     pub event: EventSeq,
+    /// The delivery. 0 in records of earlier versions, which means the event's number.
+    #[serde(default)]
+    pub sequence: DeliverySeq,
+    /// The event's kind, where it could be read.
+    #[serde(default)]
+    pub kind: Option<EventKind>,
+    /// The way the delivery took.
+    #[serde(default)]
+    pub course: Course,
     /// Which attempt, from 1.
     pub attempt: u16,
     /// When it ended.
@@ -111,6 +125,9 @@ pub struct AttemptRecord {
     pub outcome: String,
     /// How long it took, in milliseconds.
     pub duration_ms: u64,
+    /// The beginning of the response, or what went wrong.
+    #[serde(default)]
+    pub response: String,
 }
 
 /// High-water marks of a number.

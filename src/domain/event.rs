@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::id::{ChatNo, EventId, MessageId};
+use super::delivery::Logged;
+use super::endpoint::DisabledReason;
+use super::id::{ChatNo, EndpointId, EventId, MessageId};
 use super::message::{FailureCode, MessageStatus};
 use super::phone::Contact;
 use super::time::Timestamp;
@@ -26,11 +28,13 @@ pub enum EventKind {
     NumberConnected,
     /// `number.disconnected`: no longer online; the reason says whether it comes back by itself.
     NumberDisconnected,
+    /// `webhook.disabled`: one of the number's webhooks was stopped by us; told to the others and to streams.
+    WebhookDisabled,
 }
 
 impl EventKind {
     /// Every kind, in the order of the documentation.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::MessageSent,
         Self::MessageDelivered,
         Self::MessageRead,
@@ -39,6 +43,7 @@ impl EventKind {
         Self::NumberCreated,
         Self::NumberConnected,
         Self::NumberDisconnected,
+        Self::WebhookDisabled,
     ];
 
     /// The public name.
@@ -53,6 +58,7 @@ impl EventKind {
             Self::NumberCreated => "number.created",
             Self::NumberConnected => "number.connected",
             Self::NumberDisconnected => "number.disconnected",
+            Self::WebhookDisabled => "webhook.disabled",
         }
     }
 
@@ -131,7 +137,14 @@ impl Event {
             EventBody::NumberCreated => EventKind::NumberCreated,
             EventBody::NumberConnected => EventKind::NumberConnected,
             EventBody::NumberDisconnected { .. } => EventKind::NumberDisconnected,
+            EventBody::WebhookDisabled { .. } => EventKind::WebhookDisabled,
         }
+    }
+
+    /// What a replay needs of it.
+    #[must_use]
+    pub fn logged(&self) -> Logged {
+        Logged { event: self.id.seq, chat: self.chat(), kind: self.kind() }
     }
 
     /// The chat whose order it must keep, if it belongs to one.
@@ -140,7 +153,10 @@ impl Event {
         match &self.body {
             EventBody::Outbound(body) => Some(body.chat),
             EventBody::Received(body) => Some(body.chat),
-            EventBody::NumberCreated | EventBody::NumberConnected | EventBody::NumberDisconnected { .. } => None,
+            EventBody::NumberCreated
+            | EventBody::NumberConnected
+            | EventBody::NumberDisconnected { .. }
+            | EventBody::WebhookDisabled { .. } => None,
         }
     }
 }
@@ -162,6 +178,13 @@ pub enum EventBody {
         reason: String,
         /// Whether the daemon connects again by itself.
         reconnecting: bool,
+    },
+    /// One of the number's webhooks was stopped.
+    WebhookDisabled {
+        /// Which.
+        webhook: EndpointId,
+        /// Why.
+        reason: DisabledReason,
     },
 }
 

@@ -2,9 +2,11 @@
 
 pub mod access;
 pub mod ack;
+pub mod breaker;
 pub mod change;
 pub mod close;
 pub mod delivery;
+pub mod endpoint;
 pub mod event;
 pub mod gate;
 pub mod id;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::change::{IdempotencyKey, SeenHash};
+use super::endpoint::DeliverySeq;
 use super::id::{ChatNo, EventSeq, MessageSeq, NumberId};
 use super::time::Timestamp;
 
@@ -259,11 +260,13 @@ pub enum Removal {
     /// An event.
     Event(EventSeq),
     /// A delivery for an endpoint that is gone.
-    Delivery(u32, EventSeq),
+    Delivery(u32, DeliverySeq),
     /// A dead letter.
     DeadLetter(u32, EventSeq),
     /// An attempt: endpoint, and the rest of its key as the store wrote it.
     Attempt(u32, Vec<u8>),
+    /// What moved with the deliveries of an endpoint that is gone.
+    EndpointState(u32),
 }
 
 #[cfg(test)]

@@ -3,21 +3,10 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use super::time::Timestamp;
 
-/// Wait before each attempt, counted from the failure of the one before.
-pub const SCHEDULE: [Duration; 8] = [
-    Duration::ZERO,
-    Duration::from_secs(5),
-    Duration::from_mins(5),
-    Duration::from_mins(30),
-    Duration::from_hours(2),
-    Duration::from_hours(5),
-    Duration::from_hours(10),
-    Duration::from_hours(10),
-];
+/// Attempts a schedule may have.
+pub const ATTEMPTS_MAX: usize = 8;
 /// Attempts before an answer that is the receiver's own fault (a 4xx, a redirect) makes a dead letter.
 pub const SHORT_ATTEMPTS: u32 = 3;
 /// Longest wait a receiver may ask for.
@@ -27,8 +16,54 @@ pub const DISABLE_AFTER: Duration = Duration::from_hours(120);
 /// Largest deviation from the schedule, as a share of the wait.
 const JITTER_SHARE: f64 = 0.2;
 
+/// The waits before each attempt, counted from the failure of the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Schedule {
+    waits: [Duration; ATTEMPTS_MAX],
+    attempts: usize,
+}
+
+impl Schedule {
+    /// The published one.
+    pub const PUBLISHED: Self = Self {
+        waits: [
+            Duration::ZERO,
+            Duration::from_secs(5),
+            Duration::from_mins(5),
+            Duration::from_mins(30),
+            Duration::from_hours(2),
+            Duration::from_hours(5),
+            Duration::from_hours(10),
+            Duration::from_hours(10),
+        ],
+        attempts: ATTEMPTS_MAX,
+    };
+
+    /// A schedule of these waits; the first attempt is always made at once. `None` for none, or for more than
+    /// [`ATTEMPTS_MAX`].
+    #[must_use]
+    pub fn of(given: &[Duration]) -> Option<Self> {
+        let mut waits = [Duration::ZERO; ATTEMPTS_MAX];
+        waits.get_mut(..given.len())?.copy_from_slice(given);
+        (!given.is_empty()).then_some(Self { waits, attempts: given.len() })
+    }
+
+    /// The wait after this many attempts; `None` when there are no more.
+    #[must_use]
+    pub fn wait_after(&self, attempts: u32) -> Option<Duration> {
+        self.waits[..self.attempts].get(attempts as usize).copied()
+    }
+
+    /// The first pause of a breaker and its longest: the second and third wait.
+    #[must_use]
+    pub fn pauses(&self) -> (Duration, Duration) {
+        let wait = |index: usize| self.waits[index.min(self.attempts - 1)];
+        (wait(1), wait(2))
+    }
+}
+
 /// What came back from one attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
     /// An HTTP response.
     Status {
@@ -41,18 +76,35 @@ pub enum Answer {
     Silence,
     /// Never sent: the address guard refused the target.
     Refused,
+    /// Never sent: the event is not kept any more.
+    Unreadable,
+    /// Never sent: too many requests are under way in this process.
+    Crowded,
 }
 
-/// What follows from an answer.
+/// What an answer tells of the endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tells {
+    /// It took the delivery.
+    Success,
+    /// It is there, and does not want this delivery.
+    Rejects,
+    /// It is down, overloaded or unreachable; it may have asked for a wait.
+    Trouble(Option<Duration>),
+    /// It wants nothing more.
+    Gone,
+    /// Nothing: it was not asked, and the delivery can never be made.
+    Impossible,
+    /// Nothing: it was not asked.
+    NotAsked,
+}
+
+/// What follows from a failed attempt that counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// Done.
-    Delivered,
     /// Try again after this wait.
     Retry(Duration),
-    /// The receiver wants nothing more: disable the endpoint; the delivery becomes a dead letter.
-    Disable,
-    /// Given up; kept for a replay.
+    /// Given up; kept for a redelivery.
     DeadLetter,
 }
 
@@ -69,29 +121,57 @@ impl Answer {
             Self::Status { .. } => "server_error",
             Self::Silence => "no_answer",
             Self::Refused => "refused",
+            Self::Unreadable => "unreadable",
+            Self::Crowded => "crowded",
+        }
+    }
+
+    /// What it tells of the endpoint.
+    #[must_use]
+    pub fn tells(&self) -> Tells {
+        match self {
+            Self::Status { code: 200..=299, .. } => Tells::Success,
+            Self::Status { code: 410, .. } => Tells::Gone,
+            Self::Status { code: 408 | 425 | 429 | 500..=599, retry_after } => {
+                Tells::Trouble(retry_after.map(|asked| asked.min(RETRY_AFTER_MAX)))
+            }
+            Self::Status { .. } => Tells::Rejects,
+            Self::Silence | Self::Refused => Tells::Trouble(None),
+            Self::Unreadable => Tells::Impossible,
+            Self::Crowded => Tells::NotAsked,
+        }
+    }
+
+    /// The HTTP status, if there was one.
+    #[must_use]
+    pub const fn status(&self) -> Option<u16> {
+        match self {
+            Self::Status { code, .. } => Some(*code),
+            Self::Silence | Self::Refused | Self::Unreadable | Self::Crowded => None,
         }
     }
 }
 
-/// Decides what follows the answer to attempt number `attempt` (the first is 1). `jitter` is uniform in 0..1.
+/// Decides what follows the failure of attempt number `attempt` (the first is 1). `jitter` is uniform in 0..1.
 #[must_use]
-pub fn verdict(answer: Answer, attempt: u32, jitter: f64) -> Verdict {
-    let (attempts_max, at_least) = match answer {
-        Answer::Status { code: 200..=299, .. } => return Verdict::Delivered,
-        Answer::Status { code: 410, .. } => return Verdict::Disable,
-        Answer::Status { code: 408 | 425 | 429 | 500..=599, retry_after } => {
-            (SCHEDULE.len(), retry_after.unwrap_or_default())
-        }
-        Answer::Silence => (SCHEDULE.len(), Duration::ZERO),
+pub fn verdict(schedule: &Schedule, answer: Answer, attempt: u32, jitter: f64) -> Verdict {
+    let (attempts_max, at_least) = match answer.tells() {
         // A name that resolves to a forbidden address may be a mistake being repaired: the short part is enough.
-        Answer::Status { .. } | Answer::Refused => (SHORT_ATTEMPTS as usize, Duration::ZERO),
+        Tells::Rejects | Tells::Success | Tells::Gone => (SHORT_ATTEMPTS, Duration::ZERO),
+        Tells::Trouble(_) if answer == Answer::Refused => (SHORT_ATTEMPTS, Duration::ZERO),
+        Tells::Trouble(asked) => (u32::MAX, asked.unwrap_or_default()),
+        Tells::Impossible | Tells::NotAsked => (0, Duration::ZERO),
     };
-    let next = attempt as usize;
-    if next >= attempts_max {
-        return Verdict::DeadLetter;
+    match schedule.wait_after(attempt).filter(|_| attempt < attempts_max) {
+        Some(wait) => Verdict::Retry(wait.mul_f64(jitter_factor(jitter)).max(at_least)),
+        None => Verdict::DeadLetter,
     }
-    let wait = jittered(SCHEDULE[next], jitter);
-    Verdict::Retry(wait.max(at_least.min(RETRY_AFTER_MAX)))
+}
+
+/// The factor on a wait; `jitter` is uniform in 0..1.
+#[must_use]
+pub fn jitter_factor(jitter: f64) -> f64 {
+    1.0 - JITTER_SHARE + 2.0 * JITTER_SHARE * jitter.clamp(0.0, 1.0)
 }
 
 /// Whether an endpoint that has failed without a success since `failing_since` is to be disabled.
@@ -100,47 +180,44 @@ pub fn is_hopeless(failing_since: Timestamp, now: Timestamp) -> bool {
     now.since(failing_since) >= DISABLE_AFTER
 }
 
-fn jittered(wait: Duration, jitter: f64) -> Duration {
-    let factor = 1.0 - JITTER_SHARE + 2.0 * JITTER_SHARE * jitter.clamp(0.0, 1.0);
-    wait.mul_f64(factor)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     const EVEN: f64 = 0.5;
+    const LONG: Schedule = Schedule::PUBLISHED;
 
     fn status(code: u16) -> Answer {
         Answer::Status { code, retry_after: None }
     }
 
     #[test]
-    fn every_answer_has_its_verdict() {
-        let five_seconds = Verdict::Retry(Duration::from_secs(5));
+    fn every_answer_tells_something() {
         for (answer, expected) in [
-            (status(200), Verdict::Delivered),
-            (status(204), Verdict::Delivered),
-            (status(302), five_seconds),
-            (status(400), five_seconds),
-            (status(401), five_seconds),
-            (status(408), five_seconds),
-            (status(410), Verdict::Disable),
-            (status(425), five_seconds),
-            (status(429), five_seconds),
-            (status(500), five_seconds),
-            (status(599), five_seconds),
-            (Answer::Silence, five_seconds),
-            (Answer::Refused, five_seconds),
+            (status(200), Tells::Success),
+            (status(204), Tells::Success),
+            (status(302), Tells::Rejects),
+            (status(400), Tells::Rejects),
+            (status(401), Tells::Rejects),
+            (status(408), Tells::Trouble(None)),
+            (status(410), Tells::Gone),
+            (status(425), Tells::Trouble(None)),
+            (status(429), Tells::Trouble(None)),
+            (status(500), Tells::Trouble(None)),
+            (status(599), Tells::Trouble(None)),
+            (Answer::Silence, Tells::Trouble(None)),
+            (Answer::Refused, Tells::Trouble(None)),
+            (Answer::Unreadable, Tells::Impossible),
+            (Answer::Crowded, Tells::NotAsked),
         ] {
-            assert_eq!(verdict(answer, 1, EVEN), expected, "{answer:?}");
+            assert_eq!(answer.tells(), expected, "{answer:?}");
         }
     }
 
     #[test]
     fn the_long_schedule_is_the_published_one() {
-        let waits: Vec<_> = (1..=8).map(|attempt| verdict(Answer::Silence, attempt, EVEN)).collect();
+        let waits: Vec<_> = (1..=8).map(|attempt| verdict(&LONG, Answer::Silence, attempt, EVEN)).collect();
         let seconds = [5, 300, 1_800, 7_200, 18_000, 36_000, 36_000];
         for (wait, seconds) in waits.iter().zip(seconds) {
             assert_eq!(*wait, Verdict::Retry(Duration::from_secs(seconds)));
@@ -151,8 +228,8 @@ mod tests {
     #[test]
     fn the_receivers_own_fault_gets_three_attempts() {
         for answer in [status(404), status(422), status(301), Answer::Refused] {
-            assert!(matches!(verdict(answer, 2, EVEN), Verdict::Retry(_)), "{answer:?}");
-            assert_eq!(verdict(answer, 3, EVEN), Verdict::DeadLetter, "{answer:?}");
+            assert!(matches!(verdict(&LONG, answer, 2, EVEN), Verdict::Retry(_)), "{answer:?}");
+            assert_eq!(verdict(&LONG, answer, 3, EVEN), Verdict::DeadLetter, "{answer:?}");
         }
     }
 
@@ -161,8 +238,19 @@ mod tests {
         let asking = |seconds| Answer::Status { code: 503, retry_after: Some(Duration::from_secs(seconds)) };
         for (asked, attempt, expected) in [(60, 1, 60), (1, 1, 5), (86_400, 1, 3_600), (60, 2, 300), (86_400, 4, 7_200)]
         {
-            assert_eq!(verdict(asking(asked), attempt, EVEN), Verdict::Retry(Duration::from_secs(expected)));
+            let retry = Verdict::Retry(Duration::from_secs(expected));
+            assert_eq!(verdict(&LONG, asking(asked), attempt, EVEN), retry);
         }
+    }
+
+    #[test]
+    fn a_schedule_of_ones_own() {
+        let short = Schedule::of(&[Duration::ZERO, Duration::from_millis(10)]).unwrap();
+        assert_eq!(verdict(&short, status(500), 1, EVEN), Verdict::Retry(Duration::from_millis(10)));
+        assert_eq!(verdict(&short, status(500), 2, EVEN), Verdict::DeadLetter);
+        assert_eq!(short.pauses(), (Duration::from_millis(10), Duration::from_millis(10)));
+        assert_eq!((Schedule::of(&[]), Schedule::of(&[Duration::ZERO; 9])), (None, None));
+        assert_eq!(LONG.pauses(), (Duration::from_secs(5), Duration::from_mins(5)));
     }
 
     #[test]
@@ -175,14 +263,16 @@ mod tests {
     proptest! {
         #[test]
         fn jitter_stays_within_a_fifth(attempt in 1u32..8, jitter in -1.0f64..2.0) {
-            let Verdict::Retry(wait) = verdict(Answer::Silence, attempt, jitter) else { panic!("gave up early") };
-            let due = SCHEDULE[attempt as usize];
+            let Verdict::Retry(wait) = verdict(&LONG, Answer::Silence, attempt, jitter) else {
+                panic!("gave up early")
+            };
+            let due = LONG.wait_after(attempt).unwrap();
             prop_assert!(wait >= due.mul_f64(0.799) && wait <= due.mul_f64(1.201));
         }
 
         #[test]
         fn no_delivery_is_tried_for_ever(code in 100u16..700, attempt in 8u32..1000) {
-            prop_assert!(!matches!(verdict(status(code), attempt, EVEN), Verdict::Retry(_)));
+            prop_assert_eq!(verdict(&LONG, status(code), attempt, EVEN), Verdict::DeadLetter);
         }
     }
 }

@@ -182,6 +182,10 @@ impl Actor for NumberActor {
                 state.step(Input::RemoveEndpoint(ordinal, id), &myself);
             }
             NumberMessage::Retention(retention) => state.step(Input::Retention(retention), &myself),
+            NumberMessage::ChangeEndpoint(ordinal, order, reply) => {
+                let id = state.wait(Waiter::ChangeEndpoint(reply));
+                state.step(Input::Endpoint(ordinal, order, id), &myself);
+            }
             NumberMessage::Ping => state.handle.answered(state.environment.clock.monotonic()),
             NumberMessage::Drain => {
                 state.draining = true;
@@ -266,8 +270,9 @@ impl NumberState {
                 }
                 drop(credit);
             }
-            Inner::Attempted(record, attempted) => self.step(Input::Attempted(record, attempted), myself),
+            Inner::Attempted(end) => self.step(Input::Attempted(end), myself),
             Inner::PageLoaded(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows?), myself),
+            Inner::ReplayLoaded(endpoint, events) => self.step(Input::ReplayLoaded(endpoint, events?), myself),
             Inner::Swept(found) => self.step(Input::Swept((*found)?), myself),
             Inner::Wake => {
                 self.wake = None;
@@ -291,7 +296,8 @@ impl NumberState {
         let record = self.environment.store.meta().number(self.handle.id());
         let retention = record.map(|record| record.retention).unwrap_or_default();
         snapshot.rules = Rules { policy: self.environment.policy, retention };
-        let (number, effects) = Number::restore(self.handle.id(), snapshot, self.environment.sending, now);
+        let (mut number, effects) = Number::restore(self.handle.id(), snapshot, self.environment.sending, now);
+        number.follow_schedule(self.environment.webhook_schedule);
         self.loaded = Some(Loaded { number, store });
         self.handle.events_visible(durable_events);
         self.perform(effects, myself);

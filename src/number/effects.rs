@@ -8,7 +8,8 @@ use super::deliver::DeliveryTask;
 use super::message::{Accepted, ConnectionNo, EndpointRefused, FromSession, Inner, NumberMessage, SendRefused, Waiter};
 use super::session_pump::SessionPump;
 use crate::domain::close::CloseReason;
-use crate::domain::delivery::{DeliveryRow, LoadPage, WINDOW_MAX};
+use crate::domain::delivery::{Dispatch, LoadPage, LoadReplay, REPLAY_READ, WINDOW_MAX};
+use crate::domain::event::Event;
 use crate::domain::gate::Priority;
 use crate::domain::id::MessageSeq;
 use crate::domain::lifecycle::{self, Purpose, State};
@@ -43,8 +44,9 @@ impl NumberState {
                     let _ = actor.cast(Inner::Record(reply, body, record).into());
                 });
             }
-            Effect::Deliver(endpoint, row) => self.deliver(endpoint, row, myself),
+            Effect::Deliver(outgoing) => self.deliver(outgoing, myself),
             Effect::LoadPage(page) => self.load_page(page, myself),
+            Effect::LoadReplay(load) => self.load_replay(load, myself),
             Effect::EventsVisible(seq) => self.handle.events_visible(seq),
             Effect::EventFloor(seq) => self.handle.events_begin_after(seq),
             Effect::Sweep(sweep) => self.sweep(sweep, myself),
@@ -191,6 +193,9 @@ impl NumberState {
             (Some(Waiter::AddEndpoint(to)), _) => drop(to.send(Err(EndpointRefused::TooMany))),
             (Some(Waiter::RemoveEndpoint(to)), Reply::EndpointRemoved) => drop(to.send(Ok(()))),
             (Some(Waiter::RemoveEndpoint(to)), _) => drop(to.send(Err(EndpointRefused::NotFound))),
+            (Some(Waiter::ChangeEndpoint(to)), Reply::EndpointChanged(endpoint)) => drop(to.send(Ok(*endpoint))),
+            (Some(Waiter::ChangeEndpoint(to)), Reply::ReplayBusy) => drop(to.send(Err(EndpointRefused::ReplayBusy))),
+            (Some(Waiter::ChangeEndpoint(to)), _) => drop(to.send(Err(EndpointRefused::NotFound))),
             (Some(Waiter::Inbound(to)), _) => drop(to.send(())),
             (Some(Waiter::Cancel(to)), Reply::Cancelled(outcomes)) => drop(to.send(outcomes)),
             (Some(Waiter::Cancel(_)), _) => {}
@@ -198,16 +203,16 @@ impl NumberState {
         }
     }
 
-    fn deliver(&mut self, endpoint: u32, row: DeliveryRow, myself: &ActorRef<NumberMessage>) {
+    fn deliver(&mut self, outgoing: Dispatch, myself: &ActorRef<NumberMessage>) {
         let Some(Loaded { number, store }) = &self.loaded else { return };
-        let Some(endpoint) = number.deliveries().endpoint(endpoint).cloned() else { return };
+        let Some(endpoint) = number.deliveries().endpoint(outgoing.endpoint).cloned() else { return };
         let task = DeliveryTask {
             actor: myself.clone(),
             environment: self.environment.clone(),
             store: store.clone(),
             own: self.handle.phone().clone(),
             endpoint,
-            row,
+            outgoing,
         };
         self.deliveries.spawn(task.run());
     }
@@ -232,6 +237,16 @@ impl NumberState {
         });
     }
 
+    fn load_replay(&mut self, load: LoadReplay, myself: &ActorRef<NumberMessage>) {
+        let Some(Loaded { store, .. }) = &self.loaded else { return };
+        let (store, actor) = (store.clone(), myself.clone());
+        self.tasks.spawn(async move {
+            let events = store.events(load.replay.after, REPLAY_READ).await;
+            let logged = events.map(|events| events.iter().map(Event::logged).collect());
+            let _ = actor.cast(Inner::ReplayLoaded(load.endpoint, logged).into());
+        });
+    }
+
     fn state_changed(&self, from: State, to: State) {
         let reason = self.loaded.as_ref().map_or("", |loaded| loaded.number.life().reason.as_str());
         tracing::info!(from = from.name(), to = to.name(), reason, "state");
@@ -252,6 +267,12 @@ impl NumberState {
             Counted::Resent => metrics::resent(),
             Counted::Swept(count) => metrics::swept_rows(count),
             Counted::SweepPassed => metrics::sweep_passed(),
+            Counted::DeadLetter(reason) => metrics::webhook_dead_letter(reason.code()),
+            Counted::SetAside => metrics::webhook_set_aside(),
+            Counted::EndpointDisabled(endpoint, reason) => {
+                metrics::webhook_disabled(reason.code());
+                tracing::warn!(endpoint, reason = reason.code(), "webhook disabled");
+            }
             Counted::Held(reason) => {
                 tracing::warn!(reason = reason.name(), "whatsapp refuses new chats: they are held");
             }

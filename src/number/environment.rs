@@ -9,6 +9,7 @@ use crate::domain::gate::Priority;
 use crate::domain::id::NumberId;
 use crate::domain::number::SendingRules;
 use crate::domain::retention::Policy;
+use crate::domain::webhook::Schedule;
 use crate::session::opener::Opener;
 use crate::store::layout::Store;
 use crate::telemetry::backoff::Shape;
@@ -33,6 +34,8 @@ pub struct Environment {
     pub gate: Arc<dyn Turnstile>,
     /// Webhook deliveries.
     pub webhooks: WebhookClient,
+    /// When webhook deliveries are tried again.
+    pub webhook_schedule: Schedule,
     /// What a number may send, and what it does in doubt.
     pub sending: SendingRules,
     /// How long things are kept.

@@ -10,12 +10,12 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused, StoreLost};
-use crate::domain::delivery::Endpoint;
+use crate::domain::endpoint::Endpoint;
 use crate::domain::id::{EventSeq, MessageSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::{Content, Direction};
-use crate::domain::number::{CancelOutcome, CancelTarget, SendRequest};
+use crate::domain::number::{CancelOutcome, CancelTarget, EndpointOrder, SendRequest};
 use crate::domain::outbox::Standing;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
@@ -420,6 +420,18 @@ impl NumberHandle {
         let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::RemoveEndpoint(ordinal, reply);
+        live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
+        answer.await.unwrap_or(Err(EndpointRefused::NotReady))
+    }
+
+    /// Changes a webhook endpoint, or sends something to it again. Durable when this returns.
+    ///
+    /// # Errors
+    /// See [`EndpointRefused`].
+    pub async fn change_endpoint(&self, ordinal: u32, order: EndpointOrder) -> Result<Endpoint, EndpointRefused> {
+        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
+        let (reply, answer) = oneshot::channel();
+        let message = NumberMessage::ChangeEndpoint(ordinal, order, reply);
         live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
         answer.await.unwrap_or(Err(EndpointRefused::NotReady))
     }

@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
-use crate::domain::change::{AttemptRecord, IdempotencyRecord};
+use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
-use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint};
+use crate::domain::delivery::{AttemptEnd, DeliveryRow, Logged};
+use crate::domain::endpoint::Endpoint;
 use crate::domain::id::MessageSeq;
 use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
-use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, Receipted, ReplyId, SendRequest, Snapshot, Ticket};
+use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, EndpointOrder, Receipted, ReplyId, SendRequest};
+use crate::domain::number::{Snapshot, Ticket};
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
@@ -113,6 +115,9 @@ pub enum EndpointRefused {
     /// The number has as many as it may.
     #[error("the number has as many webhooks as it may")]
     TooMany,
+    /// A replay is under way, or too much waits to be sent again.
+    #[error("the webhook is busy sending again")]
+    ReplayBusy,
 }
 
 /// What an operator can order.
@@ -134,6 +139,7 @@ pub(super) enum Waiter {
     Send(oneshot::Sender<Result<Accepted, SendRefused>>, OwnedSemaphorePermit),
     AddEndpoint(oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     RemoveEndpoint(oneshot::Sender<Result<(), EndpointRefused>>),
+    ChangeEndpoint(oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     Inbound(oneshot::Sender<()>),
     Cancel(oneshot::Sender<Vec<(MessageSeq, CancelOutcome)>>),
 }
@@ -179,6 +185,8 @@ pub enum NumberMessage {
     RemoveEndpoint(u32, oneshot::Sender<Result<(), EndpointRefused>>),
     /// What it keeps was set; on disk already.
     Retention(Retention),
+    /// Change one, or send something again.
+    ChangeEndpoint(u32, EndpointOrder, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     /// The watchdog asks for a sign of life.
     Ping,
     /// Finish what waits for an answer, close politely, end.
@@ -199,8 +207,9 @@ pub(super) enum Inner {
     Record(ReplyId, [u8; 32], Result<Option<IdempotencyRecord>, StoreError>),
     Granted(GateTurn),
     Session(ConnectionNo, FromSession, Option<OwnedSemaphorePermit>),
-    Attempted(AttemptRecord, Attempted),
+    Attempted(AttemptEnd),
     PageLoaded(u32, Result<Vec<DeliveryRow>, StoreError>),
+    ReplayLoaded(u32, Result<Vec<Logged>, StoreError>),
     Swept(Box<Result<Found, StoreError>>),
     Wake,
 }

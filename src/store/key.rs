@@ -63,14 +63,16 @@ pub enum Tag {
     Idempotency = 0x22,
     /// Expiry of idempotency records: time, h(request id).
     IdempotencyExpiry = 0x23,
-    /// Webhook queue: endpoint, event sequence.
+    /// Webhook queue: endpoint, delivery sequence.
     Delivery = 0x30,
-    /// Webhook attempts: endpoint, time, event sequence, attempt.
+    /// Webhook attempts: endpoint, time, delivery sequence.
     Attempt = 0x31,
     /// Deliveries given up: endpoint, event sequence.
     DeadLetter = 0x32,
     /// Webhook endpoints by ordinal.
     Endpoint = 0x33,
+    /// What moves with an endpoint's deliveries, by ordinal; outlives the endpoint until its rows are swept.
+    EndpointState = 0x34,
     /// Event log by sequence.
     Event = 0x40,
     /// High-water marks of the number's counters.

@@ -21,3 +21,4 @@ mod sweep;
 mod tests;
 pub mod unit;
 mod volume;
+mod webhooks;

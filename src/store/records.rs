@@ -11,8 +11,8 @@ use super::error::StoreError;
 use super::key::Tag;
 use super::number_store::{NumberStore, Order, SCAN_ROWS_MAX};
 use super::unit::{Check, Durability, Unit};
-use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey, IdempotencyRecord, SeenKey};
-use crate::domain::delivery::{DeliveryRow, Endpoint};
+use super::webhooks;
+use crate::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenKey};
 use crate::domain::event::Event;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
 use crate::domain::message::{Content, Direction, MessageRecord, PLACEHOLDER_DIGEST, Progress};
@@ -105,27 +105,14 @@ impl NumberStore {
             Change::Event(event) => {
                 unit.put(Tag::Event, event.id.seq.0.to_be_bytes(), encode(&event));
             }
-            Change::Delivery(endpoint, row) => {
-                unit.put(Tag::Delivery, pair_key(endpoint, row.event.0), encode(&row));
-            }
-            Change::DeliveryGone(endpoint, event) => {
-                unit.delete(Tag::Delivery, pair_key(endpoint, event.0));
-            }
-            Change::DeadLetter(endpoint, row) => {
-                unit.put(Tag::DeadLetter, pair_key(endpoint, row.event.0), encode(&row));
-            }
-            Change::Attempt(record) => {
-                let mut key = pair_key(record.endpoint, record.at.0);
-                key.extend_from_slice(&record.event.0.to_be_bytes());
-                unit.put(Tag::Attempt, key, encode(&record));
-            }
-            Change::Endpoint(endpoint) => {
-                unit.put(Tag::Endpoint, endpoint.ordinal.to_be_bytes(), encode(&endpoint));
-            }
-            // Rows still queued for it are orphans that a later pass sweeps away.
-            Change::EndpointGone(ordinal) => {
-                unit.delete(Tag::Endpoint, ordinal.to_be_bytes());
-            }
+            Change::Delivery(..)
+            | Change::DeliveryGone(..)
+            | Change::DeadLetter(..)
+            | Change::DeadLetterGone(..)
+            | Change::Attempt(_)
+            | Change::Endpoint(_)
+            | Change::EndpointState(..)
+            | Change::EndpointGone(_) => webhooks::write(change, unit),
             Change::Counters(counters) => {
                 unit.put(Tag::Counters, [], encode(&counters));
             }
@@ -169,12 +156,7 @@ impl NumberStore {
         }
         let limiter = self.get(Tag::Limiter, &[]).await?;
         let limiter = limiter.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
-        let mut endpoints = Vec::new();
-        for (_, value) in self.scan_all(Tag::Endpoint, &[]).await? {
-            let endpoint: Endpoint = decode(&value)?;
-            let queued = self.scan_all(Tag::Delivery, &endpoint.ordinal.to_be_bytes()).await?.len();
-            endpoints.push((endpoint, queued as u64));
-        }
+        let endpoints = self.load_endpoints().await?;
         Ok(Snapshot {
             life,
             has_credentials: false,
@@ -187,7 +169,7 @@ impl NumberStore {
         })
     }
 
-    async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+    pub(super) async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
         let mut all = Vec::new();
         let mut from: Option<Vec<u8>> = None;
         loop {
@@ -423,38 +405,5 @@ impl NumberStore {
     /// When the store cannot be read.
     pub async fn event(&self, seq: EventSeq) -> Result<Option<Event>, StoreError> {
         self.get(Tag::Event, &seq.0.to_be_bytes()).await?.map(|bytes| decode(&bytes)).transpose()
-    }
-
-    /// Rows of an endpoint's queue after an event, in order.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub async fn deliveries(
-        &self,
-        endpoint: u32,
-        after: EventSeq,
-        limit: usize,
-    ) -> Result<Vec<DeliveryRow>, StoreError> {
-        let from = pair_key(endpoint, after.0);
-        let rows = self.scan(Tag::Delivery, &endpoint.to_be_bytes(), Some(&from), Order::Ascending, limit).await?;
-        rows.iter().map(|(_, value)| decode(value)).collect()
-    }
-
-    /// The endpoints of the number.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub async fn endpoints(&self) -> Result<Vec<Endpoint>, StoreError> {
-        let rows = self.scan_all(Tag::Endpoint, &[]).await?;
-        rows.iter().map(|(_, value)| decode(value)).collect()
-    }
-
-    /// The last webhook attempts of an endpoint, newest first.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub async fn attempts(&self, endpoint: u32, limit: usize) -> Result<Vec<AttemptRecord>, StoreError> {
-        let rows = self.scan(Tag::Attempt, &endpoint.to_be_bytes(), None, Order::Descending, limit).await?;
-        rows.iter().map(|(_, value)| decode(value)).collect()
     }
 }

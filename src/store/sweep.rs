@@ -9,7 +9,8 @@ use super::number_store::{NumberStore, Order};
 use super::records::{decode, pair_key, time_key, word};
 use super::unit::Unit;
 use crate::domain::change::{IdempotencyKey, SeenHash};
-use crate::domain::delivery::DeliveryRow;
+use crate::domain::delivery::{Course, DEAD_LETTERS_MAX, DeliveryRow};
+use crate::domain::endpoint::DeliverySeq;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
 use crate::domain::message::{Direction, MessageRecord};
 use crate::domain::retention::{Found, Removal, SWEEP_ROWS, Sweep};
@@ -36,6 +37,12 @@ fn pair(key: &[u8]) -> Result<(u32, u64), StoreError> {
     let (first, second) = key.split_at_checked(4).ok_or_else(|| corrupt("pair key"))?;
     let first = first.try_into().map(u32::from_be_bytes).map_err(|_| corrupt("pair key"))?;
     Ok((first, word(second.get(..8).ok_or_else(|| corrupt("pair key"))?)?))
+}
+
+/// The ordinal in which a key begins.
+fn ordinal(key: &[u8]) -> Result<u32, StoreError> {
+    let bytes = key.get(..4).and_then(|bytes| bytes.try_into().ok());
+    bytes.map(u32::from_be_bytes).ok_or_else(|| corrupt("ordinal"))
 }
 
 impl NumberStore {
@@ -172,7 +179,10 @@ impl NumberStore {
         let held = [(Tag::Delivery, true), (Tag::DeadLetter, dead_letters_hold)];
         for (tag, _) in held.into_iter().filter(|(_, holds)| *holds) {
             for endpoint in &endpoints {
-                needed.extend(self.named_events(tag, *endpoint, first, last).await?);
+                needed.extend(match tag {
+                    Tag::Delivery => self.queued_events(*endpoint, first, last).await?,
+                    _ => self.named_events(tag, *endpoint, first, last).await?,
+                });
             }
         }
         let next = (full && old.len() == keys.len()).then_some(Sweep::Events {
@@ -207,6 +217,28 @@ impl NumberStore {
         }
     }
 
+    /// Which events from `first` to `last` wait in an endpoint's queue. Late ones lie in front, live ones in the order of
+    /// their events; a replay that lies behind is known to the number's machine.
+    async fn queued_events(&self, endpoint: u32, first: u64, last: u64) -> Result<Vec<u64>, StoreError> {
+        let mut queued = Vec::new();
+        let mut after = DeliverySeq(0);
+        loop {
+            let rows = self.deliveries(endpoint, after, SWEEP_ROWS).await?;
+            for row in &rows {
+                if row.course == Course::Live && row.event.0 > last {
+                    return Ok(queued);
+                }
+                if row.event.0 >= first && row.event.0 <= last {
+                    queued.push(row.event.0);
+                }
+                after = row.sequence;
+            }
+            if rows.len() < SWEEP_ROWS {
+                return Ok(queued);
+            }
+        }
+    }
+
     async fn old_dead_letters(&self, endpoint: u32, after: EventSeq, before: Timestamp) -> Result<Found, StoreError> {
         let from = pair_key(endpoint, after.0);
         let prefix = endpoint.to_be_bytes();
@@ -220,6 +252,15 @@ impl NumberStore {
             if !young {
                 removals.push(Removal::DeadLetter(endpoint, row.event));
             }
+        }
+        if removals.is_empty() {
+            let from = (DEAD_LETTERS_MAX, SWEEP_ROWS);
+            let beyond = self.keys(Tag::DeadLetter, &prefix, None, Order::Descending, from).await?;
+            let next = (beyond.len() == SWEEP_ROWS).then_some(Sweep::DeadLetters { endpoint, after, before });
+            for key in beyond {
+                removals.push(Removal::DeadLetter(endpoint, EventSeq(pair(&key)?.1)));
+            }
+            return Ok(gone(removals, next));
         }
         let last = rows.last().filter(|_| rows.len() == SWEEP_ROWS && !young);
         let next = match last {
@@ -256,13 +297,13 @@ impl NumberStore {
 
     async fn orphans(&self, living: Vec<u32>, through: u32) -> Result<Found, StoreError> {
         let mut removals = Vec::new();
-        for tag in [Tag::Delivery, Tag::DeadLetter, Tag::Attempt] {
+        for tag in [Tag::Delivery, Tag::DeadLetter, Tag::Attempt, Tag::EndpointState] {
             let mut from: Option<Vec<u8>> = None;
             while removals.len() < SWEEP_ROWS {
                 let room = SWEEP_ROWS - removals.len();
                 let keys = self.keys(tag, &[], from.as_deref(), Order::Ascending, (0, room)).await?;
                 let Some(first) = keys.first() else { break };
-                let (endpoint, _) = pair(first)?;
+                let endpoint = ordinal(first)?;
                 if endpoint > through {
                     break;
                 }
@@ -273,14 +314,15 @@ impl NumberStore {
                 }
                 from = None;
                 for key in &keys {
-                    let (of, seq) = pair(key)?;
+                    let of = ordinal(key)?;
                     if of != endpoint {
                         from = Some([endpoint.to_be_bytes().as_slice(), &[u8::MAX; 32]].concat());
                         break;
                     }
                     removals.push(match tag {
-                        Tag::Delivery => Removal::Delivery(of, EventSeq(seq)),
-                        Tag::DeadLetter => Removal::DeadLetter(of, EventSeq(seq)),
+                        Tag::Delivery => Removal::Delivery(of, DeliverySeq(pair(key)?.1)),
+                        Tag::DeadLetter => Removal::DeadLetter(of, EventSeq(pair(key)?.1)),
+                        Tag::EndpointState => Removal::EndpointState(of),
                         _ => Removal::Attempt(of, key.clone()),
                     });
                     from = Some(key.clone());
@@ -317,14 +359,17 @@ impl NumberStore {
             Removal::Event(seq) => {
                 unit.delete(Tag::Event, seq.0.to_be_bytes());
             }
-            Removal::Delivery(endpoint, event) => {
-                unit.delete(Tag::Delivery, pair_key(endpoint, event.0));
+            Removal::Delivery(endpoint, sequence) => {
+                unit.delete(Tag::Delivery, pair_key(endpoint, sequence.0));
             }
             Removal::DeadLetter(endpoint, event) => {
                 unit.delete(Tag::DeadLetter, pair_key(endpoint, event.0));
             }
             Removal::Attempt(_, key) => {
                 unit.delete(Tag::Attempt, key);
+            }
+            Removal::EndpointState(endpoint) => {
+                unit.delete(Tag::EndpointState, endpoint.to_be_bytes());
             }
         }
     }

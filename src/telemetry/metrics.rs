@@ -14,6 +14,8 @@ const INBOUND_DURABLE_SECONDS: &str = "switchboard_inbound_durable_seconds";
 const WEBHOOK_DELIVERY_SECONDS: &str = "switchboard_webhook_delivery_seconds";
 const WEBHOOK_ATTEMPTS_TOTAL: &str = "switchboard_webhook_attempts_total";
 const WEBHOOK_DEAD_LETTERS_TOTAL: &str = "switchboard_webhook_dead_letters_total";
+const WEBHOOKS_DISABLED_TOTAL: &str = "switchboard_webhooks_disabled_total";
+const WEBHOOK_SET_ASIDE_TOTAL: &str = "switchboard_webhook_set_aside_total";
 const API_REQUESTS_TOTAL: &str = "switchboard_api_requests_total";
 const API_REQUEST_SECONDS: &str = "switchboard_api_request_seconds";
 const API_REFUSED_TOTAL: &str = "switchboard_api_refused_total";
@@ -99,7 +101,9 @@ fn describe() {
     describe_histogram!(INBOUND_DURABLE_SECONDS, "From a message's decryption to its place on disk");
     describe_histogram!(WEBHOOK_DELIVERY_SECONDS, "One webhook attempt, connection included");
     describe_counter!(WEBHOOK_ATTEMPTS_TOTAL, "Webhook attempts by outcome");
-    describe_counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "Deliveries given up");
+    describe_counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "Deliveries given up, by reason");
+    describe_counter!(WEBHOOKS_DISABLED_TOTAL, "Endpoints that were stopped, by reason");
+    describe_counter!(WEBHOOK_SET_ASIDE_TOTAL, "Stuck deliveries that let their chat go on");
     describe_counter!(API_REQUESTS_TOTAL, "API calls by protocol, method and code");
     describe_histogram!(API_REQUEST_SECONDS, "API calls, by protocol and method");
     describe_counter!(API_REFUSED_TOTAL, "Calls that were shed or cut by their deadline");
@@ -154,8 +158,18 @@ pub fn webhook_attempt(outcome: &'static str, took: Duration) {
 }
 
 /// A delivery was given up.
-pub fn webhook_dead_letter() {
-    counter!(WEBHOOK_DEAD_LETTERS_TOTAL).increment(1);
+pub fn webhook_dead_letter(reason: &'static str) {
+    counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "reason" => reason).increment(1);
+}
+
+/// A stuck delivery makes way for its chat.
+pub fn webhook_set_aside() {
+    counter!(WEBHOOK_SET_ASIDE_TOTAL).increment(1);
+}
+
+/// An endpoint was stopped.
+pub fn webhook_disabled(reason: &'static str) {
+    counter!(WEBHOOKS_DISABLED_TOTAL, "reason" => reason).increment(1);
 }
 
 /// The wire an API call came by.

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{CONTENT_TYPE, HeaderMap, RETRY_AFTER};
 use rustls::RootCertStore;
-use serde::{Deserialize, Serialize};
 
 use super::guard::{self, Policy, Refusal};
+use super::payload::{self, Marks};
 use super::signature::{self, Secret};
 use crate::domain::id::EventId;
 use crate::domain::time::Timestamp;
@@ -20,6 +20,8 @@ use crate::domain::webhook::Answer;
 const EXCERPT_BYTES: usize = 1024;
 /// Bytes of a response that are read so that the connection can be used again; more, and it is closed.
 const RESPONSE_BYTES_MAX: usize = 64 * 1024;
+/// How long the rest of a response is read once its status is known.
+const RESPONSE_PATIENCE: Duration = Duration::from_secs(2);
 /// Addresses of one name that are tried.
 const ADDRESSES_MAX: usize = 8;
 /// Idle connections kept to one host.
@@ -51,6 +53,8 @@ pub struct Delivery<'a> {
     pub secrets: &'a [Secret],
     /// The event; receivers drop repeats by it.
     pub event: EventId,
+    /// Its place and its course, also as headers.
+    pub marks: Marks,
     /// What `payload::body` made.
     pub body: Vec<u8>,
     /// The present.
@@ -58,7 +62,7 @@ pub struct Delivery<'a> {
 }
 
 /// What came back.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
     /// For `domain::webhook::verdict`.
     pub answer: Answer,
@@ -66,6 +70,14 @@ pub struct Report {
     pub elapsed: Duration,
     /// The beginning of the response, or what went wrong. May hold a customer's text: for the delivery log only.
     pub excerpt: String,
+}
+
+impl Report {
+    /// Of an attempt that was not made.
+    #[must_use]
+    pub fn not_sent(answer: Answer) -> Self {
+        Self { answer, elapsed: Duration::ZERO, excerpt: String::new() }
+    }
 }
 
 /// The client cannot be built.
@@ -126,8 +138,9 @@ impl WebhookClient {
             .header(signature::ID_HEADER, id)
             .header(signature::TIMESTAMP_HEADER, seconds)
             .header(signature::SIGNATURE_HEADER, signatures)
-            .body(delivery.body);
-        Ok(request.send().await?)
+            .header(payload::SEQUENCE_HEADER, delivery.marks.sequence.0);
+        let request = delivery.marks.flags().fold(request, |request, (name, value)| request.header(name, value));
+        Ok(request.body(delivery.body).send().await?)
     }
 }
 
@@ -179,15 +192,18 @@ async fn read(mut response: reqwest::Response) -> (Answer, String) {
     let answer = Answer::Status { code: response.status().as_u16(), retry_after: retry_after(response.headers()) };
     let mut excerpt = Vec::new();
     let mut read_bytes = 0;
-    // The status decides; a body that breaks off changes nothing.
-    while let Ok(Some(chunk)) = response.chunk().await {
-        let missing = EXCERPT_BYTES - excerpt.len();
-        excerpt.extend_from_slice(&chunk[..chunk.len().min(missing)]);
-        read_bytes += chunk.len();
-        if read_bytes >= RESPONSE_BYTES_MAX {
-            break;
+    // The status decides; a body that breaks off or trickles changes nothing.
+    let reading = async {
+        while let Ok(Some(chunk)) = response.chunk().await {
+            let missing = EXCERPT_BYTES - excerpt.len();
+            excerpt.extend_from_slice(&chunk[..chunk.len().min(missing)]);
+            read_bytes += chunk.len();
+            if read_bytes >= RESPONSE_BYTES_MAX {
+                break;
+            }
         }
-    }
+    };
+    let _ = tokio::time::timeout(RESPONSE_PATIENCE, reading).await;
     (answer, String::from_utf8_lossy(&excerpt).into_owned())
 }
 
@@ -230,6 +246,8 @@ impl Resolve for GuardedResolver {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::delivery::Course;
+    use crate::domain::endpoint::DeliverySeq;
     use crate::domain::id::{EventSeq, NumberId};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpListener;
@@ -243,8 +261,15 @@ mod tests {
 
     async fn deliver(client: &WebhookClient, url: &str) -> Report {
         let secrets = [Secret::mint(&[1; signature::SECRET_BYTES])];
-        let delivery =
-            Delivery { url, secrets: &secrets, event: EVENT, body: b"{}".to_vec(), now: Timestamp(1_614_265_330_000) };
+        let marks = Marks { sequence: DeliverySeq(9), course: Course::Late, missing: 1 };
+        let delivery = Delivery {
+            url,
+            secrets: &secrets,
+            event: EVENT,
+            marks,
+            body: b"{}".to_vec(),
+            now: Timestamp(1_614_265_330_000),
+        };
         client.deliver(delivery).await
     }
 
@@ -275,9 +300,14 @@ mod tests {
         let (report, request) = tokio::join!(deliver(&client, &url), served);
         let expected = Answer::Status { code: 503, retry_after: Some(Duration::from_secs(120)) };
         assert_eq!((report.answer, report.excerpt.as_str()), (expected, "busy"));
-        for header in
-            ["webhook-id: evt_00000000000010000000000002", "webhook-timestamp: 1614265330", "webhook-signature: v1,"]
-        {
+        for header in [
+            "webhook-id: evt_00000000000010000000000002",
+            "webhook-timestamp: 1614265330",
+            "webhook-signature: v1,",
+            "webhook-sequence: 9",
+            "webhook-late: true",
+            "webhook-missing: 1",
+        ] {
             assert!(request.contains(header), "{header} not in {request}");
         }
     }

@@ -350,7 +350,9 @@ pub fn described(event: &proto::Event) -> Told {
     let (chat, progress) = match &event.body {
         Some(proto::event::Body::MessageProgress(body)) => (body.to.clone(), Some((body.message.clone(), body.status))),
         Some(proto::event::Body::MessageReceived(body)) => (body.from.clone(), None),
-        Some(proto::event::Body::NumberChange(_)) | None => (String::new(), None),
+        Some(proto::event::Body::NumberChange(_) | proto::event::Body::WebhookChange(_)) | None => {
+            (String::new(), None)
+        }
     };
     Told {
         id: event.id.clone(),

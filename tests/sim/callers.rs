@@ -1,6 +1,7 @@
 //! Callers: they send with and without a request id, lose answers, and ask again with the same body or another.
 
 use switchboard::domain::change::IdempotencyKey;
+use switchboard::domain::endpoint::Replay;
 use switchboard::domain::id::MessageSeq;
 use switchboard::domain::message::{Content, Progress};
 use switchboard::domain::number::{CancelTarget, Input, Reply, ReplyId, SendRequest};
@@ -42,6 +43,7 @@ pub(crate) enum Waiter {
     Cancel(Vec<MessageSeq>),
     AddEndpoint,
     RemoveEndpoint,
+    ChangeEndpoint(u32, Option<Replay>),
 }
 
 impl Callers {
@@ -246,7 +248,8 @@ impl World {
             | Waiter::Receipts
             | Waiter::Cancel(_)
             | Waiter::AddEndpoint
-            | Waiter::RemoveEndpoint => {}
+            | Waiter::RemoveEndpoint
+            | Waiter::ChangeEndpoint(..) => {}
         }
     }
 }

@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use switchboard::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenHash, SeenKey};
-use switchboard::domain::delivery::{DeliveryRow, Endpoint};
+use switchboard::domain::delivery::{DeadLetter, DeliveryRow, StoredEndpoint};
+use switchboard::domain::endpoint::{DeliverySeq, Endpoint, EndpointState};
 use switchboard::domain::event::Event;
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::Life;
@@ -33,11 +34,12 @@ pub(crate) struct Records {
     pub(crate) seen: HashMap<SeenKey, MessageSeq>,
     pub(crate) limiter: LimiterRecord,
     pub(crate) events: BTreeMap<EventSeq, Rc<Event>>,
-    pub(crate) deliveries: BTreeMap<(u32, EventSeq), DeliveryRow>,
+    pub(crate) deliveries: BTreeMap<(u32, DeliverySeq), DeliveryRow>,
     pub(crate) bodies: BTreeMap<MessageSeq, Content>,
     pub(crate) seen_times: BTreeMap<(Timestamp, SeenHash), SeenKey>,
-    pub(crate) dead: BTreeMap<(u32, EventSeq), DeliveryRow>,
+    pub(crate) dead: BTreeMap<(u32, EventSeq), DeadLetter>,
     pub(crate) endpoints: BTreeMap<u32, Endpoint>,
+    pub(crate) endpoint_states: BTreeMap<u32, EndpointState>,
 }
 
 impl Records {
@@ -69,11 +71,13 @@ impl Records {
                 self.seen_times.insert((*at, seen_hash(key)), key.clone());
             }
             Change::Event(event) => drop(self.events.insert(event.id.seq, Rc::new(event.clone()))),
-            Change::Delivery(endpoint, row) => drop(self.deliveries.insert((*endpoint, row.event), *row)),
-            Change::DeliveryGone(endpoint, event) => drop(self.deliveries.remove(&(*endpoint, *event))),
-            Change::DeadLetter(endpoint, row) => drop(self.dead.insert((*endpoint, row.event), *row)),
+            Change::Delivery(endpoint, row) => drop(self.deliveries.insert((*endpoint, row.sequence), *row)),
+            Change::DeliveryGone(endpoint, sequence) => drop(self.deliveries.remove(&(*endpoint, *sequence))),
+            Change::DeadLetter(endpoint, dead) => drop(self.dead.insert((*endpoint, dead.row.event), *dead)),
+            Change::DeadLetterGone(endpoint, event) => drop(self.dead.remove(&(*endpoint, *event))),
             Change::Attempt(_) => {}
             Change::Endpoint(endpoint) => drop(self.endpoints.insert(endpoint.ordinal, endpoint.clone())),
+            Change::EndpointState(ordinal, state) => drop(self.endpoint_states.insert(*ordinal, *state)),
             Change::EndpointGone(ordinal) => drop(self.endpoints.remove(ordinal)),
             Change::Counters(counters) => self.counters = *counters,
             Change::Life(life) => self.life = Some(life.clone()),
@@ -109,13 +113,17 @@ impl Records {
             }
             Change::Seen(key, _, at) => self.revert_seen(key, *at, other),
             Change::Event(event) => back_sorted(&mut self.events, &other.events, &event.id.seq),
-            Change::Delivery(endpoint, DeliveryRow { event, .. }) | Change::DeliveryGone(endpoint, event) => {
-                back_sorted(&mut self.deliveries, &other.deliveries, &(*endpoint, *event));
+            Change::Delivery(endpoint, DeliveryRow { sequence, .. }) | Change::DeliveryGone(endpoint, sequence) => {
+                back_sorted(&mut self.deliveries, &other.deliveries, &(*endpoint, *sequence));
             }
-            Change::DeadLetter(endpoint, row) => {
-                back_sorted(&mut self.dead, &other.dead, &(*endpoint, row.event));
+            Change::DeadLetter(endpoint, DeadLetter { row: DeliveryRow { event, .. }, .. })
+            | Change::DeadLetterGone(endpoint, event) => {
+                back_sorted(&mut self.dead, &other.dead, &(*endpoint, *event));
             }
             Change::Attempt(_) => {}
+            Change::EndpointState(ordinal, _) => {
+                back_sorted(&mut self.endpoint_states, &other.endpoint_states, ordinal);
+            }
             Change::Endpoint(Endpoint { ordinal, .. }) | Change::EndpointGone(ordinal) => {
                 back_sorted(&mut self.endpoints, &other.endpoints, ordinal);
             }
@@ -151,6 +159,7 @@ impl Records {
             Removal::Delivery(endpoint, event) => drop(self.deliveries.remove(&(*endpoint, *event))),
             Removal::DeadLetter(endpoint, event) => drop(self.dead.remove(&(*endpoint, *event))),
             Removal::Attempt(..) => {}
+            Removal::EndpointState(ordinal) => drop(self.endpoint_states.remove(ordinal)),
         }
     }
 
@@ -176,6 +185,7 @@ impl Records {
             }
             Removal::DeadLetter(endpoint, event) => back_sorted(&mut self.dead, &other.dead, &(*endpoint, *event)),
             Removal::Attempt(..) => {}
+            Removal::EndpointState(ordinal) => back_sorted(&mut self.endpoint_states, &other.endpoint_states, ordinal),
         }
     }
 
@@ -196,8 +206,11 @@ impl Records {
 
     /// As the store's `load`.
     pub(crate) fn snapshot(&self, has_credentials: bool, rules: Rules) -> Snapshot {
-        let queued =
-            |ordinal: u32| self.deliveries.range((ordinal, EventSeq(0))..=(ordinal, EventSeq(u64::MAX))).count() as u64;
+        let endpoints = self.endpoints.values().map(|stored| StoredEndpoint {
+            endpoint: stored.clone(),
+            state: self.endpoint_states.get(&stored.ordinal).copied(),
+            queued: self.queued(stored.ordinal).count() as u64,
+        });
         Snapshot {
             life: self.life.clone(),
             has_credentials,
@@ -205,9 +218,17 @@ impl Records {
             outbox: self.outbox.values().cloned().collect(),
             warm: self.outbox.values().map(|row| row.chat).filter(|chat| self.heard.contains(chat)).collect(),
             limiter: self.limiter,
-            endpoints: self.endpoints.values().map(|stored| (stored.clone(), queued(stored.ordinal))).collect(),
+            endpoints: endpoints.collect(),
             rules,
         }
+    }
+
+    pub(crate) fn queued(&self, ordinal: u32) -> impl Iterator<Item = &DeliveryRow> {
+        self.deliveries.range((ordinal, DeliverySeq(0))..=(ordinal, DeliverySeq(u64::MAX))).map(|(_, row)| row)
+    }
+
+    pub(crate) fn dead_of(&self, ordinal: u32) -> impl Iterator<Item = &DeadLetter> {
+        self.dead.range((ordinal, EventSeq(0))..=(ordinal, EventSeq(u64::MAX))).map(|(_, dead)| dead)
     }
 }
 

@@ -13,6 +13,7 @@ mod plan;
 mod promises;
 mod rng;
 mod storm;
+mod subscriptions;
 mod sweeps;
 mod wire;
 mod world;
@@ -66,6 +67,11 @@ fn add(total: &mut Figures, one: Figures) {
     total.events += one.events;
     total.requests += one.requests;
     total.conflicts += one.conflicts;
+    total.late += one.late;
+    total.gaps += one.gaps;
+    total.replayed += one.replayed;
+    total.dead += one.dead;
+    total.window_most = total.window_most.max(one.window_most);
     total.virtual_millis += one.virtual_millis;
 }
 

@@ -5,13 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use switchboard::domain::change::{Change, IdempotencyKey};
-use switchboard::domain::delivery::{self, Endpoint};
+use switchboard::domain::delivery::Course;
 use switchboard::domain::event::{Event, EventBody};
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::{Desired, Life, State};
 use switchboard::domain::limiter::{LockAnswer, NewChats};
 use switchboard::domain::message::{Content, Direction, MessageRecord, MessageStatus};
-use switchboard::domain::number::{CancelOutcome, Commit, Transmit};
+use switchboard::domain::number::{CancelOutcome, Transmit};
 use switchboard::domain::outbox::Schedule;
 use switchboard::domain::phone::Contact;
 use switchboard::domain::retention::{RELAY_ROWS_KEPT, Removal, Retention, Rules, SEEN_KEPT};
@@ -19,6 +19,7 @@ use switchboard::domain::time::Timestamp;
 
 use super::disk::Records;
 use super::people;
+use super::subscriptions::Subscriptions;
 
 /// What makes an inbound message the same one, as its sender sees it.
 pub(crate) type InboundName = (u64, Direction, String, String);
@@ -97,12 +98,7 @@ pub(crate) struct Promises {
     shown: HashMap<(u64, String), String>,
     pub(crate) repeats: u64,
     pub(crate) transmits: u64,
-    /// Endpoints that were promised to the owner, as events recorded now must see them.
-    endpoints: BTreeMap<u32, Endpoint>,
-    owed: BTreeSet<(u32, EventSeq)>,
-    received: HashMap<(u32, EventSeq), EventBody>,
-    last_received: HashMap<(u32, Option<ChatNo>), EventSeq>,
-    delivering: BTreeSet<(u32, EventSeq)>,
+    pub(crate) hooks: Subscriptions,
     quiet: Option<Quiet>,
 }
 
@@ -120,21 +116,9 @@ pub(crate) fn rung(status: MessageStatus) -> u8 {
 impl Promises {
     // === the disk ===
 
-    /// A commit was ordered: every endpoint that wants one of its events has its row in it.
-    pub(crate) fn ordered(&self, commit: &Commit) {
-        for change in &commit.changes {
-            let Change::Event(event) = change else { continue };
-            for endpoint in self.endpoints.values().filter(|endpoint| endpoint.filter.wants(event.kind())) {
-                let row = commit.changes.iter().any(
-                    |change| matches!(change, Change::Delivery(to, row) if *to == endpoint.ordinal && row.event == event.id.seq),
-                );
-                assert!(row, "event {:?} has no row for endpoint {}", event.id.seq, endpoint.ordinal);
-            }
-        }
-    }
-
     /// A unit reaches the platter; `before` is what was there.
     pub(crate) fn flushing(&mut self, changes: &[Change], before: &Records, now: Timestamp) {
+        self.hooks.flushing(changes, before);
         let mut events = before.counters.event;
         for change in changes {
             match change {
@@ -170,11 +154,7 @@ impl Promises {
                     assert_eq!(event.id.seq, EventSeq(events), "the event log has a gap");
                     self.event_flushed(event);
                 }
-                Change::Delivery(endpoint, row) if row.attempts == 0 && self.endpoints.contains_key(endpoint) => {
-                    self.owed.insert((*endpoint, row.event));
-                }
                 Change::Removed(removal) => self.removal_flushed(removal, changes, before, now),
-                Change::DeadLetter(endpoint, row) => drop(self.owed.remove(&(*endpoint, row.event))),
                 Change::Counters(counters) => {
                     let old = before.counters;
                     let back = counters.message < old.message
@@ -345,14 +325,14 @@ impl Promises {
                 assert!(left.is_none(), "{chat:?} goes and has messages");
             }
             Removal::Event(seq) => {
-                let queued = before
-                    .deliveries
-                    .keys()
-                    .find(|(endpoint, event)| event == seq && before.endpoints.contains_key(endpoint));
+                // A replay may come too late for what it was to send.
+                let queued = before.deliveries.iter().find(|((endpoint, _), row)| {
+                    row.event == *seq && row.course != Course::Replay && before.endpoints.contains_key(endpoint)
+                });
                 assert_eq!(queued, None, "{seq:?} goes while an endpoint waits for it");
                 assert!(seq.0 <= before.counters.event_floor, "{seq:?} goes while it is part of the log");
             }
-            Removal::Delivery(endpoint, _) => {
+            Removal::Delivery(endpoint, _) | Removal::EndpointState(endpoint) => {
                 assert!(!before.endpoints.contains_key(endpoint), "a row of a living endpoint {endpoint} goes");
             }
             Removal::DeadLetter(..) | Removal::Attempt(..) => {}
@@ -378,12 +358,12 @@ impl Promises {
         });
         let old_event = records.events.values().find(|event| {
             let seq = event.id.seq;
-            let queued = records.deliveries.keys().any(|(_, event)| *event == seq);
+            let queued = records.deliveries.values().any(|row| row.event == seq);
             let dead = records.dead.keys().any(|(_, event)| *event == seq);
             event.at < rules.events_before(then) && !queued && !dead
         });
         let old_request = records.idempotency.values().find(|record| record.expires_at < then);
-        let old_dead = records.dead.values().find(|row| row.queued_at < rules.dead_letters_before(then));
+        let old_dead = records.dead.values().find(|dead| dead.row.queued_at < rules.dead_letters_before(then));
         let orphan = records.deliveries.keys().find(|(endpoint, _)| !records.endpoints.contains_key(endpoint));
         let old_seen = records.seen_times.keys().find(|(at, _)| then.since(*at) > SEEN_KEPT);
         let body = records.bodies.keys().find(|seq| !records.outbox.contains_key(seq));
@@ -391,7 +371,7 @@ impl Promises {
             old_message.map(|record| format!("message {:?}", record.seq)),
             old_event.map(|event| format!("event {:?}", event.id.seq)),
             old_request.map(|record| format!("the request id of {:?}", record.seq)),
-            old_dead.map(|row| format!("dead letter {:?}", row.event)),
+            old_dead.map(|dead| format!("dead letter {:?}", dead.row.event)),
             orphan.map(|row| format!("orphan {row:?}")),
             old_seen.map(|row| format!("digest {row:?}")),
             body.map(|seq| format!("the text of {seq:?}")),
@@ -540,51 +520,6 @@ impl Promises {
         }
     }
 
-    // === endpoints ===
-
-    pub(crate) fn endpoint_added(&mut self, endpoint: Endpoint, durable: &Records) {
-        assert!(durable.endpoints.contains_key(&endpoint.ordinal), "an endpoint was answered before it was durable");
-        self.endpoints.insert(endpoint.ordinal, endpoint);
-        assert!(self.endpoints.len() <= delivery::ENDPOINTS_MAX, "too many endpoints");
-    }
-
-    pub(crate) fn endpoint_gone(&mut self, ordinal: u32) {
-        self.endpoints.remove(&ordinal);
-        self.owed.retain(|(endpoint, _)| *endpoint != ordinal);
-    }
-
-    pub(crate) fn endpoints(&self) -> impl Iterator<Item = u32> {
-        self.endpoints.keys().copied()
-    }
-
-    pub(crate) fn delivering(&mut self, endpoint: u32, event: EventSeq, durable: &Records) {
-        assert!(durable.events.contains_key(&event), "{event:?} is delivered before it is durable");
-        assert!(self.delivering.insert((endpoint, event)), "{event:?} is under way twice to endpoint {endpoint}");
-        let range = (endpoint, EventSeq(0))..=(endpoint, EventSeq(u64::MAX));
-        assert!(self.delivering.range(range).count() <= delivery::IN_FLIGHT_MAX, "too many requests to {endpoint}");
-    }
-
-    pub(crate) fn delivered(&mut self, endpoint: u32, event: &Event) {
-        let seq = event.id.seq;
-        match self.received.get(&(endpoint, seq)) {
-            Some(first) => assert_eq!(*first, event.body, "{seq:?} was another event before"),
-            None => {
-                let last = self.last_received.insert((endpoint, event.chat()), seq);
-                assert!(last < Some(seq), "endpoint {endpoint} got {seq:?} after {last:?} of the same chat");
-                self.received.insert((endpoint, seq), event.body.clone());
-            }
-        }
-        self.owed.remove(&(endpoint, seq));
-    }
-
-    pub(crate) fn request_ended(&mut self, endpoint: u32, event: EventSeq) {
-        self.delivering.remove(&(endpoint, event));
-    }
-
-    pub(crate) fn is_delivering(&self) -> bool {
-        !self.delivering.is_empty()
-    }
-
     pub(crate) fn events_visible(&mut self, seq: EventSeq, durable: &Records) {
         self.visible = self.visible.max(seq);
         assert!(durable.counters.event >= seq.0, "{seq:?} is shown to streams before it is durable");
@@ -619,19 +554,12 @@ impl Promises {
     pub(crate) fn crashed(&mut self, durable: &Records) {
         self.visible = EventSeq(durable.counters.event);
         self.flying.clear();
-        self.delivering.clear();
+        self.hooks.crashed(durable);
         if !matches!(durable.limiter.new_chats, NewChats::Held { .. }) {
             self.hold = None;
         }
         let wrote = self.inbound.keys().filter(|(_, direction, ..)| *direction == Direction::Inbound);
         self.wrote = wrote.map(|(person, ..)| *person).collect();
-        self.endpoints = durable
-            .endpoints
-            .iter()
-            .filter(|(_, endpoint)| endpoint.active)
-            .map(|(ordinal, endpoint)| (*ordinal, endpoint.clone()))
-            .collect();
-        self.owed.retain(|(endpoint, _)| durable.endpoints.get(endpoint).is_some_and(|endpoint| endpoint.active));
         match &durable.life {
             Some(life) if life.desired == Desired::Stopped => self.state_changed(State::Stopped),
             // Credentials may be on disk although the phone's consent is not noted yet.
@@ -642,7 +570,7 @@ impl Promises {
 
     /// After the storm, with everything answered: nothing is owed to anybody.
     pub(crate) fn all_kept(&self, durable: &Records) {
-        assert!(self.owed.is_empty(), "endpoints still wait for {:?}", self.owed);
+        self.hooks.all_kept(durable);
         for (seq, accepted) in &self.accepted {
             self.check(*seq, accepted, durable);
         }
@@ -653,9 +581,5 @@ impl Promises {
         let text = self.shown.get(&(accepted.person, accepted.whatsapp_id.clone()));
         assert!(failed || text.is_some(), "{seq:?} was accepted and is neither shown nor failed");
         assert!(text.is_none_or(|text| *text == accepted.text), "{seq:?} shows another text");
-    }
-
-    pub(crate) fn owes_nothing(&self) -> bool {
-        self.owed.is_empty()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use switchboard::domain::endpoint::ENDPOINTS_MAX;
 use switchboard::domain::lifecycle::{self, State};
 use switchboard::domain::number::Input;
 use switchboard::domain::outbox::IN_FLIGHT_MAX;
@@ -30,6 +31,10 @@ impl World {
         self.figures.virtual_millis = self.now - start;
         self.figures.transmits = self.promises.transmits;
         self.figures.repeats = self.promises.repeats;
+        self.figures.late = self.promises.hooks.late;
+        self.figures.gaps = self.promises.hooks.gaps;
+        self.figures.replayed = self.promises.hooks.replayed;
+        self.figures.dead = self.promises.hooks.dead;
         self.figures.messages = self.disk.durable.messages.len() as u64;
         self.figures.events = self.disk.durable.counters.event;
         self.figures
@@ -57,8 +62,8 @@ impl World {
         self.promises.all_kept(&self.disk.durable);
         self.forget();
         if let Some(number) = &self.number {
-            let rows = self.disk.durable.deliveries.keys();
-            let queued = rows.filter(|(endpoint, _)| number.deliveries().endpoint(*endpoint).is_some()).count() as u64;
+            let living = self.disk.durable.endpoints.keys();
+            let queued: u64 = living.map(|ordinal| self.disk.durable.queued(*ordinal).count() as u64).sum();
             assert_eq!(number.deliveries().depth(), queued, "the webhook queue is counted wrong");
             assert_eq!(self.disk.durable.outbox.len(), 0, "settled rows are left on disk");
         }
@@ -90,8 +95,8 @@ impl World {
             && self.waiters.is_empty()
             && self.whatsapp.is_idle()
             && self.disk.is_idle()
-            && !self.promises.is_delivering()
-            && self.promises.owes_nothing()
+            && !self.promises.hooks.is_delivering()
+            && self.promises.hooks.owes_nothing()
     }
 
     fn unsettled(&self) -> String {
@@ -107,7 +112,7 @@ impl World {
             self.callers.all_answered(),
             self.whatsapp.is_idle(),
             self.disk.is_idle(),
-            self.promises.owes_nothing(),
+            self.promises.hooks.owing(),
         )
     }
 
@@ -137,9 +142,10 @@ impl World {
                 let index = self.rng.index(3);
                 self.order(input[index].clone());
             }
-            86..88 if self.promises.endpoints().count() < self.plan.endpoints => self.add_endpoint(),
-            88 => self.remove_endpoint(),
-            89..93 => self.change_mood(),
+            86..88 if self.promises.hooks.known().count() < self.plan.endpoints => self.add_endpoint(),
+            88 if self.rng.chance(500) => self.remove_endpoint(),
+            88..90 => self.order_of_endpoint(),
+            90..93 => self.change_mood(),
             93 => self.read_stream(),
             94 => {
                 if self.rng.chance(self.plan.retention) {
@@ -176,11 +182,15 @@ impl World {
         {
             self.order(input);
         }
+        if self.calm {
+            self.start_endpoints();
+        }
     }
 
-    fn check_bounds(&self) {
+    fn check_bounds(&mut self) {
+        self.check_windows();
         let Some(number) = &self.number else { return };
         assert!(number.outbox().in_flight() <= IN_FLIGHT_MAX, "{} in flight", number.outbox().in_flight());
-        assert!(number.deliveries().endpoints().count() <= switchboard::domain::delivery::ENDPOINTS_MAX);
+        assert!(number.deliveries().endpoints().count() <= ENDPOINTS_MAX);
     }
 }

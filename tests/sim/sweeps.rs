@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use switchboard::domain::delivery::Course;
 use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
 use switchboard::domain::message::Direction;
 use switchboard::domain::number::Input;
@@ -63,8 +64,14 @@ impl Records {
                 let rows = self.events.range(EventSeq(after.0 + 1)..=through.max(EventSeq(after.0 + 1)));
                 let old: Vec<EventSeq> =
                     rows.map(|(seq, _)| *seq).filter(|seq| *seq <= through).take(SWEEP_ROWS).collect();
+                let last = old.last().copied().unwrap_or_default();
+                let held = |endpoint: &u32| {
+                    let rows = self.queued(*endpoint).take_while(|row| row.course != Course::Live || row.event <= last);
+                    rows.map(|row| row.event).collect::<BTreeSet<EventSeq>>()
+                };
+                let held: BTreeSet<EventSeq> = endpoints.iter().flat_map(held).collect();
                 let needed = |seq: &EventSeq| {
-                    let queued = |endpoint: &u32| self.deliveries.contains_key(&(*endpoint, *seq));
+                    let queued = |_: &u32| held.contains(seq);
                     let dead = |endpoint: &u32| dead_letters_hold && self.dead.contains_key(&(*endpoint, *seq));
                     endpoints.iter().any(|endpoint| queued(endpoint) || dead(endpoint))
                 };
@@ -74,7 +81,7 @@ impl Records {
             }
             Sweep::DeadLetters { endpoint, after, before } => {
                 let rows = self.dead.range((endpoint, EventSeq(after.0 + 1))..=(endpoint, EventSeq(u64::MAX)));
-                let rows: Vec<_> = rows.take(SWEEP_ROWS).map(|(_, row)| *row).collect();
+                let rows: Vec<_> = rows.take(SWEEP_ROWS).map(|(_, dead)| dead.row).collect();
                 let young = rows.last().is_some_and(|row| row.queued_at >= before);
                 let old = rows.iter().filter(|row| row.queued_at < before);
                 let removals = old.map(|row| Removal::DeadLetter(endpoint, row.event)).collect();
@@ -90,7 +97,9 @@ impl Records {
                 let queued = queued.map(|(endpoint, event)| Removal::Delivery(*endpoint, *event));
                 let dead = self.dead.keys().filter(|(endpoint, _)| orphan(endpoint));
                 let dead = dead.map(|(endpoint, event)| Removal::DeadLetter(*endpoint, *event));
-                let removals: Vec<_> = queued.chain(dead).take(SWEEP_ROWS).collect();
+                let states = self.endpoint_states.keys().filter(|endpoint| orphan(endpoint));
+                let states = states.map(|endpoint| Removal::EndpointState(*endpoint));
+                let removals: Vec<_> = queued.chain(dead).chain(states).take(SWEEP_ROWS).collect();
                 let next = (removals.len() == SWEEP_ROWS).then_some(Sweep::Orphans { living, through });
                 gone(removals, next)
             }

@@ -4,8 +4,9 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 
-use switchboard::domain::change::{AttemptRecord, IdempotencyKey};
-use switchboard::domain::delivery::{Attempted, DeliveryRow, LoadPage, WINDOW_MAX};
+use switchboard::domain::change::IdempotencyKey;
+use switchboard::domain::delivery::{AttemptEnd, DeliveryRow, LoadPage, LoadReplay, Logged, REPLAY_READ, WINDOW_MAX};
+use switchboard::domain::endpoint::DeliverySeq;
 use switchboard::domain::id::{EventSeq, NumberId};
 use switchboard::domain::lifecycle::{self, Purpose, State};
 use switchboard::domain::message::{Content, MessageStatus};
@@ -58,9 +59,11 @@ pub(crate) enum Happens {
     ReadsRecord(ReplyId, IdempotencyKey, [u8; 32]),
     ReadsPage(LoadPage),
     Page(u32, Vec<DeliveryRow>),
+    ReadsReplay(LoadReplay),
+    ReplayPage(u32, Vec<Logged>),
     Looks(Sweep),
     Swept(Found),
-    RequestEnds(AttemptRecord, Attempted),
+    RequestEnds(Box<AttemptEnd>),
     Wakes(u64),
     /// The world stirs: traffic and trouble.
     Stirs,
@@ -113,6 +116,11 @@ pub(crate) struct Figures {
     pub(crate) events: u64,
     pub(crate) requests: u64,
     pub(crate) conflicts: u64,
+    pub(crate) late: u64,
+    pub(crate) gaps: u64,
+    pub(crate) replayed: u64,
+    pub(crate) dead: u64,
+    pub(crate) window_most: u64,
     pub(crate) virtual_millis: u64,
 }
 
@@ -273,13 +281,15 @@ impl World {
             Happens::ReadsRecord(reply, key, body) => self.read_record(reply, key, body),
             Happens::ReadsPage(page) => self.read_page(page),
             Happens::Page(endpoint, rows) => self.step(Input::PageLoaded(endpoint, rows)),
+            Happens::ReadsReplay(load) => self.read_replay(load),
+            Happens::ReplayPage(endpoint, events) => self.step(Input::ReplayLoaded(endpoint, events)),
             Happens::Looks(sweep) => {
                 let found = self.disk.visible.find(sweep);
                 let delay = self.hop();
                 self.inside(delay, Happens::Swept(found));
             }
             Happens::Swept(found) => self.step(Input::Swept(found)),
-            Happens::RequestEnds(record, attempted) => self.request_ends(record, attempted),
+            Happens::RequestEnds(end) => self.request_ends(*end),
             Happens::Wakes(no) => {
                 if self.wake.is_some_and(|(_, set)| set == no) {
                     self.wake = None;
@@ -361,7 +371,7 @@ impl World {
         let hop = self.hop();
         match effect {
             Effect::Commit(commit) => {
-                self.promises.ordered(&commit);
+                self.promises.hooks.ordered(&commit);
                 self.disk.submit(commit);
                 self.start_disk();
             }
@@ -373,8 +383,9 @@ impl World {
                 self.figures.conflicts += 1;
                 self.inside(hop, Happens::ReadsRecord(reply, key, body));
             }
-            Effect::Deliver(endpoint, row) => self.deliver(endpoint, row),
+            Effect::Deliver(dispatch) => self.deliver(dispatch),
             Effect::LoadPage(page) => self.inside(hop, Happens::ReadsPage(page)),
+            Effect::LoadReplay(load) => self.inside(hop, Happens::ReadsReplay(load)),
             Effect::EventsVisible(seq) => self.promises.events_visible(seq, &self.disk.durable),
             Effect::EventFloor(seq) => self.event_floor = self.event_floor.max(seq),
             Effect::Sweep(sweep) => self.inside(hop, Happens::Looks(sweep)),
@@ -456,10 +467,18 @@ impl World {
     }
 
     fn read_page(&mut self, page: LoadPage) {
-        let range = (page.endpoint, EventSeq(page.after.0 + 1))..=(page.endpoint, EventSeq(u64::MAX));
+        let range = (page.endpoint, DeliverySeq(page.after.0 + 1))..=(page.endpoint, DeliverySeq(u64::MAX));
         let rows = self.disk.visible.deliveries.range(range).map(|(_, row)| *row).take(WINDOW_MAX / 2).collect();
         let delay = self.hop();
         self.inside(delay, Happens::Page(page.endpoint, rows));
+    }
+
+    fn read_replay(&mut self, load: LoadReplay) {
+        let range = EventSeq(load.replay.after.0 + 1)..;
+        let events = self.disk.visible.events.range(range).map(|(_, event)| event.logged()).take(REPLAY_READ);
+        let events = events.collect();
+        let delay = self.hop();
+        self.inside(delay, Happens::ReplayPage(load.endpoint, events));
     }
 
     // === crashes ===
@@ -509,6 +528,8 @@ impl World {
         self.incarnation += 1;
         self.note(|| "BOOT".to_owned());
         let sending = SendingRules { limits: self.plan.limits, on_unknown: self.plan.on_unknown };
+        // As the shell tells the streams when it has read the records.
+        self.event_floor = self.event_floor.max(EventSeq(self.disk.visible.counters.event_floor));
         let snapshot = self.disk.visible.snapshot(self.disk.has_credentials, self.plan.rules);
         let (number, effects) = Number::restore(NUMBER, snapshot, sending, Timestamp(self.now));
         self.number = Some(number);
@@ -532,7 +553,7 @@ impl World {
         }
         if self.session.is_some() {
             self.close();
-        } else if !self.promises.is_delivering() {
+        } else if !self.promises.hooks.is_delivering() {
             assert!(self.disk.is_idle(), "drained with commits under way");
             self.flush(usize::MAX);
             self.end_incarnation();
@@ -559,6 +580,7 @@ impl World {
             Waiter::Cancel(asked) => self.cancel_answered(&asked, &answer),
             Waiter::AddEndpoint => self.endpoint_answered(answer),
             Waiter::RemoveEndpoint => {}
+            Waiter::ChangeEndpoint(ordinal, replay) => self.endpoint_changed(ordinal, replay, &answer),
         }
     }
 }

@@ -172,7 +172,7 @@ pub(super) fn webhook(card: WebhookCard) -> pb::Webhook {
         id: id.to_string(),
         number: id.number.to_string(),
         events: endpoint.filter.names().into_iter().map(str::to_owned).collect(),
-        active: endpoint.active,
+        active: endpoint.is_active(),
         create_time: Some(time(endpoint.created_at)),
         url: endpoint.url,
     }
@@ -224,6 +224,9 @@ fn event(event: Event) -> pb::Event {
         EventBody::NumberCreated | EventBody::NumberConnected => Body::NumberChange(pb::NumberChange::default()),
         EventBody::NumberDisconnected { reason, reconnecting } => {
             Body::NumberChange(pb::NumberChange { reason, reconnecting })
+        }
+        EventBody::WebhookDisabled { webhook, reason } => {
+            Body::WebhookChange(pb::WebhookChange { webhook: webhook.to_string(), reason: reason.code().to_owned() })
         }
     };
     pb::Event {

@@ -3,8 +3,12 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use crate::domain::change::{AttemptRecord, Change, Counters, IdempotencyKey};
-use crate::domain::delivery::{Attempted, DeliveryRow, Endpoint, LoadPage};
+use crate::domain::change::{Change, Counters, IdempotencyKey};
+use crate::domain::delivery::StoredEndpoint;
+use crate::domain::delivery::{
+    AttemptEnd, DeadLetter, DeadReason, DeliveryRow, Dispatch, LoadPage, LoadReplay, Logged,
+};
+use crate::domain::endpoint::{DisabledReason, Endpoint, EndpointUpdate, Replay};
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
 use crate::domain::lifecycle::{self, Life, State};
 use crate::domain::limiter::{LimiterRecord, Limits, LockAnswer, LockReason};
@@ -193,10 +197,14 @@ pub enum Input {
     AddEndpoint(Box<Endpoint>, ReplyId),
     /// Somebody removes one.
     RemoveEndpoint(u32, ReplyId),
+    /// Somebody changes one, or wants something sent again.
+    Endpoint(u32, EndpointOrder, ReplyId),
     /// A webhook attempt ended.
-    Attempted(AttemptRecord, Attempted),
+    Attempted(AttemptEnd),
     /// A page of the webhook queue was read.
     PageLoaded(u32, Vec<DeliveryRow>),
+    /// A part of the event log was read for a replay.
+    ReplayLoaded(u32, Vec<Logged>),
     /// What the number keeps was set.
     Retention(Retention),
     /// A look for what is too old ended.
@@ -205,6 +213,31 @@ pub enum Input {
     Drain,
     /// Time went by.
     Tick,
+}
+
+/// What an endpoint's owner orders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndpointOrder {
+    /// Change it.
+    Update(EndpointUpdate),
+    /// Another secret.
+    Rotate {
+        /// The new one.
+        secret: String,
+        /// How long the present one signs as well.
+        overlap: Duration,
+    },
+    /// Try a dead letter again, under its own name.
+    Revive(DeadLetter),
+    /// Send one event of the log again.
+    Resend {
+        /// Which.
+        event: EventSeq,
+        /// Its chat.
+        chat: Option<ChatNo>,
+    },
+    /// Send a part of the log again.
+    Replay(Replay),
 }
 
 /// What follows from an attempt that did not reach the wire.
@@ -244,6 +277,10 @@ pub enum Reply {
     EndpointRemoved,
     /// There is no such endpoint.
     NoSuchEndpoint,
+    /// The change is durable; this is the endpoint now.
+    EndpointChanged(Box<Endpoint>),
+    /// A replay is under way already, or too much waits beside the queue.
+    ReplayBusy,
     /// The messages, or what follows from the receipts, are durable.
     InboundDurable,
     /// What became of each message, in the order asked; durable.
@@ -294,9 +331,11 @@ pub enum Effect {
     /// The request id is known: answer from its record, or refuse if the question was another.
     ReplyFromRecord(ReplyId, IdempotencyKey, [u8; 32]),
     /// Try to deliver an event to an endpoint.
-    Deliver(u32, DeliveryRow),
+    Deliver(Dispatch),
     /// Read more of the webhook queue.
     LoadPage(LoadPage),
+    /// Read events for a replay.
+    LoadReplay(LoadReplay),
     /// Events up to here are durable: wake the streams.
     EventsVisible(EventSeq),
     /// The log begins behind this event from now on.
@@ -333,6 +372,12 @@ pub enum Counted {
     SweepPassed,
     /// WhatsApp refused to open a chat: new ones are held.
     Held(LockReason),
+    /// A webhook delivery was given up.
+    DeadLetter(DeadReason),
+    /// A webhook delivery was set aside, so that its chat goes on.
+    SetAside,
+    /// A webhook endpoint was stopped.
+    EndpointDisabled(u32, DisabledReason),
 }
 
 /// What a number is rebuilt from.
@@ -350,8 +395,8 @@ pub struct Snapshot {
     pub warm: HashSet<ChatNo>,
     /// State of the limiter.
     pub limiter: LimiterRecord,
-    /// Endpoints, each with the rows queued for it.
-    pub endpoints: Vec<(Endpoint, u64)>,
+    /// Endpoints, each with what is queued for it.
+    pub endpoints: Vec<StoredEndpoint>,
     /// How long things are kept.
     pub rules: Rules,
 }

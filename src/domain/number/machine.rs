@@ -7,7 +7,8 @@ use super::interface::{Commit, Effect, Input, Reply, ReplyId, SendingRules, Snap
 use super::retaining::Retaining;
 use crate::domain::ack;
 use crate::domain::change::{Change, Counters, IdempotencyKey, SeenKey};
-use crate::domain::delivery::{Deliveries, DeliveryRow, Endpoint};
+use crate::domain::delivery::{Deliveries, DeliveryRow};
+use crate::domain::endpoint::{DeliverySeq, Endpoint};
 use crate::domain::event::EventBody;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq, NumberId};
 use crate::domain::lifecycle::{Desired, Life, Purpose, State};
@@ -33,6 +34,8 @@ pub(super) enum Then {
     },
     Reply(ReplyId, Reply),
     Enqueued(u32, DeliveryRow),
+    SetAside(u32, DeliveryRow),
+    Buried(u32, DeliverySeq),
     EventsVisible(EventSeq),
     EventFloor(EventSeq),
     Swept,
@@ -102,10 +105,9 @@ impl Number {
         let is_new = snapshot.life.is_none();
         let life = snapshot.life.map_or_else(|| Life::new(now), |life| life.revived(snapshot.has_credentials, now));
         let mut deliveries = Deliveries::default();
-        for (endpoint, queued) in snapshot.endpoints {
-            deliveries.add_endpoint(endpoint, queued);
+        for stored in snapshot.endpoints {
+            deliveries.add_endpoint(stored, EventSeq(snapshot.counters.event));
         }
-        deliveries.events_durable(EventSeq(snapshot.counters.event));
         let mut number = Self {
             id,
             life,
@@ -216,8 +218,10 @@ impl Number {
             Input::Arrived(messages, reply) => self.on_arrived(messages, reply, now, &mut draft),
             Input::AddEndpoint(endpoint, reply) => self.on_add_endpoint(endpoint, reply, &mut draft),
             Input::RemoveEndpoint(ordinal, reply) => self.on_remove_endpoint(ordinal, reply, &mut draft),
-            Input::Attempted(record, attempted) => self.on_attempted(record, attempted, now, &mut draft),
+            Input::Endpoint(ordinal, order, reply) => self.on_endpoint_order(ordinal, order, reply, now, &mut draft),
+            Input::Attempted(end) => self.on_attempted(end, now, &mut draft),
             Input::PageLoaded(endpoint, rows) => self.deliveries.loaded(endpoint, rows),
+            Input::ReplayLoaded(endpoint, events) => self.on_replay_loaded(endpoint, &events, now, &mut draft),
             Input::Retention(retention) => self.on_retention(retention, now, &mut draft),
             Input::Swept(found) => self.on_swept(found, now, &mut draft),
             Input::Drain => self.draining = true,
@@ -233,10 +237,7 @@ impl Number {
     pub(super) fn finish(&mut self, mut draft: Draft, now: Timestamp) -> Vec<Effect> {
         self.keep_time(now, &mut draft);
         self.pump_sends(now, &mut draft);
-        for (endpoint, row) in if self.draining { Vec::new() } else { self.deliveries.take_due(now) } {
-            draft.effects.push(Effect::Deliver(endpoint, row));
-        }
-        draft.effects.extend(self.deliveries.pages_to_load().into_iter().map(Effect::LoadPage));
+        self.pump_deliveries(now, &mut draft);
         let mut effects = Vec::with_capacity(draft.effects.len() + 3);
         if !draft.changes.is_empty() || !draft.then.is_empty() {
             effects.push(self.commit(draft.changes, draft.then, None, draft.durable));
@@ -294,11 +295,10 @@ impl Number {
                 Then::Claimed { seq, attempts } => self.transmit(seq, attempts, None, now, draft),
                 Then::Reply(reply, answer) => draft.effects.push(Effect::Reply(reply, answer)),
                 Then::Enqueued(endpoint, row) => self.deliveries.enqueued(endpoint, row),
-                Then::EventsVisible(seq) => {
-                    self.deliveries.events_durable(seq);
-                    visible = Some(seq);
-                }
-                Then::EndpointAdded(endpoint) => self.deliveries.add_endpoint(*endpoint, 0),
+                Then::SetAside(endpoint, row) => self.deliveries.moved(endpoint, row),
+                Then::Buried(endpoint, sequence) => self.deliveries.gone(endpoint, sequence),
+                Then::EventsVisible(seq) => visible = Some(seq),
+                Then::EndpointAdded(endpoint) => self.endpoint_added(*endpoint),
                 Then::EventFloor(seq) => draft.effects.push(Effect::EventFloor(seq)),
                 Then::Swept => self.removed(now, draft),
             }

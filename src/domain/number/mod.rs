@@ -10,6 +10,7 @@ mod sending;
 mod timely;
 mod webhooks;
 
+pub use interface::EndpointOrder;
 pub use interface::{Arrived, CancelOutcome, CancelTarget, OnUnknown, Receipted, ReplyId, SendingRules};
 pub use interface::{Commit, Counted, Effect, Input, Reply, Retry, SendRequest, Snapshot, Ticket, Transmit};
 pub use machine::Number;

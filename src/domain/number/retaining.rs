@@ -293,13 +293,14 @@ impl Number {
                     }
                     self.fresh_chats.retain(|(_, known)| known != chat);
                 }
-                Removal::Event(seq) if seq.0 > self.counters.event_floor => continue,
+                Removal::Event(seq) if seq.0 > self.counters.event_floor || self.is_sent_again(*seq) => continue,
                 Removal::Idempotency(..)
                 | Removal::Seen(..)
                 | Removal::Event(_)
                 | Removal::Delivery(..)
                 | Removal::DeadLetter(..)
-                | Removal::Attempt(..) => {}
+                | Removal::Attempt(..)
+                | Removal::EndpointState(_) => {}
             }
             draft.changes.push(Change::Removed(removal));
         }
@@ -307,6 +308,12 @@ impl Number {
         if count > 0 {
             draft.effects.push(Effect::Count(Counted::Swept(count as u64)));
         }
+    }
+
+    /// Whether an event left the dead letters or the log for a queue, which the look may not have seen.
+    fn is_sent_again(&self, event: EventSeq) -> bool {
+        let being_queued = |then: &Then| matches!(then, Then::Enqueued(_, row) if row.event == event);
+        self.deliveries.holds_aside(event) || self.pending.iter().any(|pending| pending.then.iter().any(being_queued))
     }
 
     fn is_unsettled(&self, seq: MessageSeq) -> bool {

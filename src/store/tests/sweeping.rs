@@ -2,7 +2,8 @@
 
 use super::home::{Home, claim};
 use crate::domain::change::{AttemptRecord, Change, IdempotencyKey, IdempotencyRecord, SeenKey};
-use crate::domain::delivery::DeliveryRow;
+use crate::domain::delivery::{Course, DeadLetter, DeadReason, DeliveryRow};
+use crate::domain::endpoint::{DeliverySeq, EndpointState};
 use crate::domain::event::{Event, EventBody};
 use crate::domain::id::{ChatNo, EventId, EventSeq, MessageSeq};
 use crate::domain::message::{Content, Direction, MessageRecord, Progress};
@@ -54,7 +55,20 @@ fn message(seq: u64, chat: u32, at: u64) -> MessageRecord {
 }
 
 fn delivery(event: u64, at: u64) -> DeliveryRow {
-    DeliveryRow { event: EventSeq(event), chat: None, attempts: 0, due: Timestamp(at), queued_at: Timestamp(at) }
+    DeliveryRow {
+        event: EventSeq(event),
+        chat: None,
+        attempts: 0,
+        due: Timestamp(at),
+        queued_at: Timestamp(at),
+        sequence: DeliverySeq(event),
+        course: Course::Live,
+        stuck_since: None,
+    }
+}
+
+fn dead_letter(event: u64) -> DeadLetter {
+    DeadLetter { row: delivery(event, event), at: Timestamp(event), reason: DeadReason::Exhausted }
 }
 
 #[tokio::test]
@@ -140,7 +154,7 @@ async fn an_event_stays_while_a_queue_or_a_dead_letter_names_it() {
     let held = vec![
         Change::Delivery(2, delivery(3, 3)),
         Change::Delivery(2, delivery(400, 400)),
-        Change::DeadLetter(5, delivery(250, 250)),
+        Change::DeadLetter(5, dead_letter(250)),
         // An endpoint that is gone holds nothing.
         Change::Delivery(9, delivery(10, 10)),
     ];
@@ -174,7 +188,22 @@ async fn attempts_go_by_age_and_by_number_and_what_gone_endpoints_left_goes_whol
     let number = claim(&store, 1).await;
     let attempt = |endpoint: u32, at: u64| {
         let (event, at, outcome) = (EventSeq(at), Timestamp(at), "delivered".to_owned());
-        Change::Attempt(AttemptRecord { endpoint, event, attempt: 1, at, status: None, outcome, duration_ms: 0 })
+        let (sequence, course, kind, response) = (DeliverySeq(event.0), Course::Live, None, String::new());
+        let (attempt, status, duration_ms) = (1, None, 0);
+        let record = AttemptRecord {
+            endpoint,
+            event,
+            sequence,
+            kind,
+            course,
+            attempt,
+            at,
+            status,
+            outcome,
+            duration_ms,
+            response,
+        };
+        Change::Attempt(record)
     };
     for endpoint in 1..=3 {
         write(&number, (1..=700).map(|at| attempt(endpoint, at)).collect()).await;
@@ -183,14 +212,15 @@ async fn attempts_go_by_age_and_by_number_and_what_gone_endpoints_left_goes_whol
     sweep(&number, look(None)).await;
     assert_eq!(rows(&number, Tag::Attempt).await, 2000);
     sweep(&number, look(Some(150))).await;
-    let left = number.attempts(2, 1000).await.unwrap();
+    let left = number.attempts(2, None, 1000).await.unwrap();
     assert_eq!((left.len(), left[0].at, left[149].at), (150, Timestamp(700), Timestamp(551)));
     let queued = [1, 2, 3].map(|endpoint| Change::Delivery(endpoint, delivery(9, 9)));
-    let dead = [1, 2, 3].map(|endpoint| Change::DeadLetter(endpoint, delivery(8, 8)));
-    write(&number, queued.into_iter().chain(dead).collect()).await;
+    let dead = [1, 2, 3].map(|endpoint| Change::DeadLetter(endpoint, dead_letter(8)));
+    let states = [1, 2, 3].map(|endpoint| Change::EndpointState(endpoint, EndpointState::default()));
+    write(&number, queued.into_iter().chain(dead).chain(states).collect()).await;
     sweep(&number, Sweep::Orphans { living: vec![2], through: 3 }).await;
     assert_eq!((rows(&number, Tag::Attempt).await, rows(&number, Tag::Delivery).await), (150, 1));
-    assert_eq!(rows(&number, Tag::DeadLetter).await, 1);
+    assert_eq!((rows(&number, Tag::DeadLetter).await, rows(&number, Tag::EndpointState).await), (1, 1));
     sweep(&number, Sweep::DeadLetters { endpoint: 2, after: EventSeq(0), before: Timestamp(9) }).await;
     assert_eq!(rows(&number, Tag::DeadLetter).await, 0);
 }
