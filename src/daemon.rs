@@ -20,7 +20,6 @@ use crate::domain::gate::GateLimits;
 use crate::domain::limiter::{Limits, Pace};
 use crate::domain::number::SendingRules;
 use crate::domain::retention::Policy as Keeping;
-use crate::domain::webhook::Schedule;
 use crate::number::environment::{Environment, SWEEPS_AT_ONCE};
 use crate::session::contract::SessionHandle;
 use crate::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
@@ -292,7 +291,7 @@ fn environment(
         opener: Arc::new(LinkedOpener(sessions.clone())),
         gate: gate.clone(),
         webhooks: webhooks.map_err(part("webhooks"))?,
-        webhook_schedule: Schedule::PUBLISHED,
+        webhook_schedule: config.webhook.schedule,
         sending: SendingRules { limits: limits(config), on_unknown: config.sending.on_unknown },
         policy: policy_of(config),
         sweeps: Arc::new(Semaphore::new(SWEEPS_AT_ONCE)),

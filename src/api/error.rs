@@ -152,6 +152,12 @@ reasons! {
     KindNotSupported "KIND_NOT_SUPPORTED" Unimplemented 400 false "this kind of number is not supported",
     /// The webhook's target is forbidden.
     WebhookUrlRefused "WEBHOOK_URL_REFUSED" InvalidArgument 400 false "the webhook's url is refused",
+    /// A number's key and another number named.
+    NumberMismatch "NUMBER_MISMATCH" InvalidArgument 400 false "the key belongs to another number",
+    /// The event is not kept any more, or never was.
+    EventNotFound "EVENT_NOT_FOUND" NotFound 404 false "no such event is kept",
+    /// A replay is under way, or too much waits to be sent again.
+    ReplayBusy "REPLAY_BUSY" ResourceExhausted 409 true "the webhook is busy sending again",
     /// The number has as many webhooks as it may.
     WebhookLimitExceeded "WEBHOOK_LIMIT_EXCEEDED" ResourceExhausted 409 false "the number has as many webhooks as it may",
     /// Too many unsettled sends.
@@ -266,7 +272,7 @@ impl From<EndpointRefused> for ApiError {
             EndpointRefused::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
             EndpointRefused::NotFound => Reason::WebhookNotFound.into(),
             EndpointRefused::TooMany => Reason::WebhookLimitExceeded.into(),
-            EndpointRefused::ReplayBusy => Self::from(Reason::NumberBusy).retry_after(RETRY_LATER),
+            EndpointRefused::ReplayBusy => Self::from(Reason::ReplayBusy).retry_after(RETRY_LATER),
         }
     }
 }

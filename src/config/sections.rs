@@ -12,6 +12,7 @@ use url::Url;
 use super::error::{ConfigErrors, Mistake};
 use super::layers::{DEFAULTS, Layers, Raw, Setting};
 use crate::domain::number::OnUnknown;
+use crate::domain::webhook::Schedule;
 use crate::telemetry::backoff::{RECONNECT_FLOOR, Shape};
 use crate::telemetry::logging;
 
@@ -182,6 +183,8 @@ pub struct Sending {
 /// Webhook delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Webhook {
+    /// When a delivery is attempted.
+    pub schedule: Schedule,
     /// Limit of one attempt.
     pub timeout: Duration,
     /// Private targets and plain http.
@@ -246,6 +249,7 @@ impl Reader<'_> {
             _ => None,
         });
         let timeout = self.seconds("webhook", "timeout_seconds", 1..=60);
+        let schedule = self.schedule();
         let allow_private = self.bool("webhook", "allow_private");
         let grace = self.seconds("shutdown", "grace_seconds", 0..=600);
         Some(Config {
@@ -260,7 +264,7 @@ impl Reader<'_> {
             limits: limits?,
             retention: retention?,
             sending: Sending { on_unknown: on_unknown? },
-            webhook: Webhook { timeout: timeout?, allow_private: allow_private? },
+            webhook: Webhook { schedule: schedule?, timeout: timeout?, allow_private: allow_private? },
             shutdown: Shutdown { grace: grace? },
         })
     }
@@ -355,6 +359,13 @@ impl Reader<'_> {
             attempts_max: attempts_max?,
             dead_letters: dead_letters?,
             sweep: sweep?,
+        })
+    }
+
+    fn schedule(&mut self) -> Option<Schedule> {
+        self.text("webhook", "schedule", "1 to 8 numbers of seconds", |text| {
+            let waits = text.split_whitespace().map(|wait| Duration::try_from_secs_f64(wait.parse().ok()?).ok());
+            Schedule::of(&waits.collect::<Option<Vec<Duration>>>()?)
         })
     }
 

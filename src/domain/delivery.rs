@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::breaker::{Admits, Breaker, Pauses};
+use super::change::AttemptRecord;
 use super::endpoint::{DeliverySeq, DisabledReason, Endpoint, EndpointState, EndpointStatus, EndpointUpdate, Replay};
 use super::event::EventKind;
 use super::id::{ChatNo, EventSeq};
@@ -127,6 +128,24 @@ pub struct Dispatch {
     pub missing: Vec<(DeliverySeq, EventSeq)>,
     /// How many they are in all.
     pub missing_count: usize,
+}
+
+impl Dispatch {
+    /// What was dispatched when an attempt was logged, as far as the log tells.
+    #[must_use]
+    pub fn again(record: &AttemptRecord) -> Self {
+        let row = DeliveryRow {
+            event: record.event,
+            chat: None,
+            attempts: record.attempt.saturating_sub(1),
+            due: record.at,
+            queued_at: record.at,
+            sequence: record.sequence,
+            course: record.course,
+            stuck_since: None,
+        };
+        Self { endpoint: record.endpoint, row, background: true, missing: Vec::new(), missing_count: 0 }
+    }
 }
 
 /// How an attempt ended.

@@ -27,3 +27,4 @@ mod sealing;
 mod story;
 mod streams;
 mod surface;
+mod webhooks;

@@ -8,7 +8,9 @@ use crate::api::events::Step;
 use crate::api::messages::MessageCard;
 use crate::api::numbers::{NumberCard, NumberChange, keep_days};
 use crate::api::pairing::PairingStep;
-use crate::api::webhooks::WebhookCard;
+use crate::api::webhooks::{AttemptCard, WebhookCard};
+use crate::domain::delivery::DeadLetter;
+use crate::domain::endpoint::EndpointStatus;
 use crate::domain::event::{Event, EventBody};
 use crate::domain::id::{EventId, MessageId};
 use crate::domain::lifecycle::Desired;
@@ -167,7 +169,12 @@ pub(super) fn message(card: MessageCard) -> pb::Message {
 }
 
 pub(super) fn webhook(card: WebhookCard) -> pb::Webhook {
-    let WebhookCard { id, endpoint } = card;
+    let WebhookCard { id, endpoint, .. } = card;
+    let (disabled_reason, inactive_since) = match endpoint.status {
+        EndpointStatus::Active => ("", None),
+        EndpointStatus::Paused { since } => ("", Some(since)),
+        EndpointStatus::Disabled { reason, at } => (reason.code(), Some(at)),
+    };
     pb::Webhook {
         id: id.to_string(),
         number: id.number.to_string(),
@@ -175,6 +182,36 @@ pub(super) fn webhook(card: WebhookCard) -> pb::Webhook {
         active: endpoint.is_active(),
         create_time: Some(time(endpoint.created_at)),
         url: endpoint.url,
+        name: endpoint.name,
+        disabled_reason: disabled_reason.to_owned(),
+        inactive_since: inactive_since.map(time),
+        overlap_end_time: endpoint.overlap_until.map(time),
+    }
+}
+
+pub(super) fn attempt(card: AttemptCard) -> pb::Attempt {
+    let AttemptCard { record, event, .. } = card;
+    pb::Attempt {
+        event: event.to_string(),
+        r#type: record.kind.map(|kind| kind.name().to_owned()).unwrap_or_default(),
+        sequence: i64::try_from(record.sequence.0).unwrap_or(i64::MAX),
+        attempt: record.attempt.into(),
+        outcome: record.outcome,
+        status_code: record.status.map_or(0, i32::from),
+        response: record.response,
+        duration: prost_types::Duration::try_from(Duration::from_millis(record.duration_ms)).ok(),
+        end_time: Some(time(record.at)),
+    }
+}
+
+pub(super) fn dead_letter((event, dead): (EventId, DeadLetter)) -> pb::DeadLetter {
+    pb::DeadLetter {
+        event: event.to_string(),
+        sequence: i64::try_from(dead.row.sequence.0).unwrap_or(i64::MAX),
+        reason: dead.reason.code().to_owned(),
+        attempts: dead.row.attempts.into(),
+        queue_time: Some(time(dead.row.queued_at)),
+        dead_time: Some(time(dead.at)),
     }
 }
 

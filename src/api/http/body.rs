@@ -50,6 +50,18 @@ impl Fields {
         }
     }
 
+    /// A truth value; `None` when it is absent, `null` or wrong.
+    pub(super) fn flag(&mut self, field: &'static str) -> Option<bool> {
+        match self.object.remove(field)? {
+            Value::Bool(flag) => Some(flag),
+            Value::Null => None,
+            _ => {
+                self.wrong(field, "must be true or false");
+                None
+            }
+        }
+    }
+
     /// A moment in ISO 8601 with its offset; `None` when it is absent, `null` or wrong.
     pub(super) fn moment(&mut self, field: &'static str) -> Option<Timestamp> {
         let text = self.text(field)?;

@@ -9,3 +9,4 @@ mod history;
 mod messages;
 mod numbers;
 pub mod server;
+mod webhooks;

@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use super::admission::{Admission, admit, is_grpc, refusal};
-use super::{history, messages, numbers};
+use super::{history, messages, numbers, webhooks};
 use crate::api::drain::Drain;
 use crate::api::error::{ApiError, Reason};
 use crate::api::grpc::server::{Health, ReflectionError, routes};
@@ -56,6 +56,13 @@ pub async fn public(api: &Arc<Api>, limits: PublicLimits) -> Result<(Router, Hea
         .route("/v1/messages/{id}", get(messages::get))
         .route("/v1/numbers", get(numbers::list))
         .route("/v1/numbers/{id}", get(numbers::get).patch(numbers::change))
+        .route("/v1/webhooks", get(webhooks::list).post(webhooks::create))
+        .route("/v1/webhooks/{id}", get(webhooks::get).patch(webhooks::change).delete(webhooks::remove))
+        .route("/v1/webhooks/{id}/logs", get(webhooks::logs))
+        .route("/v1/webhooks/{id}/rotate", post(webhooks::rotate))
+        .route("/v1/webhooks/{id}/dead-letters", get(webhooks::dead_letters))
+        .route("/v1/webhooks/{id}/redeliver", post(webhooks::redeliver))
+        .route("/v1/webhooks/{id}/replay", post(webhooks::replay))
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(api.clone());
