@@ -201,6 +201,7 @@ async fn webhooks(directory: &Path, key: &str, random: &Arc<Random>) {
             number: number_id(index).to_string(),
             url: url.clone(),
             events: vec!["message.received".to_owned()],
+            name: String::new(),
         };
         client.create_webhook(keyed(request, key)).await.unwrap();
     }
