@@ -70,6 +70,9 @@
 //! | nothing lies on disk in clear, no value can be moved, deletion is final | `it::sealing`, `store::tests::sealing` |
 //! | all of these when the process is killed at any place | `faults::kill` |
 //! | nothing is lost, doubled or reordered on a bad line | `faults::line` |
+//! | what is kept long enough goes, nothing else does, and nothing that a queue still needs | `sim::no_promise_breaks_in_any_storm`, `store::tests::sweeping` |
+//! | of an erased contact nothing is left | the same simulation, `it::retention` |
+//! | a stream skips nothing without saying so | `it::streams`, the same simulation |
 //! | folders stay apart | `tests/tidy.rs` |
 
 pub mod api;

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::number::message::{EndpointRefused, SendRefused};
+use crate::number::message::{EndpointRefused, EraseRefused, SendRefused};
 use crate::store::error::StoreError;
 use crate::supervisor::fleet::FleetError;
 
@@ -164,6 +164,8 @@ reasons! {
     QueueFull "QUEUE_FULL" ResourceExhausted 429 true "the number's queue is full",
     /// Too many calls at once for the number.
     NumberBusy "NUMBER_BUSY" ResourceExhausted 429 true "too many calls at once for this number",
+    /// A message to the contact may just be leaving.
+    ContactBusy "CONTACT_BUSY" ResourceExhausted 409 true "a message to this contact is being sent; try again in a moment",
     /// The number is linked already.
     AlreadyLinked "ALREADY_LINKED" FailedPrecondition 409 false "the number is linked already; log it out first",
     /// The number is stopped.
@@ -273,6 +275,16 @@ impl From<EndpointRefused> for ApiError {
             EndpointRefused::NotFound => Reason::WebhookNotFound.into(),
             EndpointRefused::TooMany => Reason::WebhookLimitExceeded.into(),
             EndpointRefused::ReplayBusy => Self::from(Reason::ReplayBusy).retry_after(RETRY_LATER),
+        }
+    }
+}
+
+impl From<EraseRefused> for ApiError {
+    fn from(refused: EraseRefused) -> Self {
+        match refused {
+            EraseRefused::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
+            EraseRefused::InFlight => Self::from(Reason::ContactBusy).retry_after(RETRY_SOON),
+            EraseRefused::TooMany => Self::from(Reason::NumberBusy).retry_after(RETRY_LATER),
         }
     }
 }

@@ -137,6 +137,9 @@ impl EventStream {
             self.check()?;
             while let Some(event) = self.page.pop_front() {
                 self.position = event.id.seq;
+                if matches!(event.body, EventBody::Erased(_)) {
+                    continue;
+                }
                 if self.filter.wants(event.kind()) {
                     return Ok(Step::Event(Box::new(event)));
                 }
@@ -260,7 +263,8 @@ fn text_of(event: &Event) -> usize {
         | EventBody::NumberCreated
         | EventBody::NumberConnected
         | EventBody::NumberDisconnected { .. }
-        | EventBody::WebhookDisabled { .. } => 0,
+        | EventBody::WebhookDisabled { .. }
+        | EventBody::Erased(_) => 0,
     }
 }
 

@@ -10,9 +10,9 @@ use super::token::TokenKind;
 use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
 use crate::domain::lifecycle::Desired;
-use crate::domain::phone::Phone;
+use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::{DAYS_MAX, Retention};
-use crate::number::handle::NumberView;
+use crate::number::handle::{Erased, NumberView};
 use crate::number::message::Control;
 use crate::store::error::StoreError;
 use crate::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord};
@@ -183,6 +183,18 @@ impl Api {
         self.to_the_end(async move { Ok(fleet.remove(id).await?) }).await?;
         tracing::info!(number = %id, "number deleted");
         Ok(())
+    }
+
+    /// Erases everything that a number knows of a contact.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn erase_contact(&self, caller: Caller, named: &str, phone: &str) -> Result<Erased, ApiError> {
+        let record = self.number_meant(caller, named)?;
+        let phone = Phone::parse(phone).map_err(|error| ApiError::field("phone_number", error.to_string()))?;
+        let erased = self.handle_of(record.id)?.erase(&Contact::of_phone(phone)).await?;
+        tracing::info!(number = %record.id, ?erased, "contact erased by order");
+        Ok(erased)
     }
 
     /// Gives a number an order; returns what it does right after taking it.

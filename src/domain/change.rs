@@ -11,7 +11,7 @@ use super::limiter::LimiterRecord;
 use super::message::{Content, Direction, MessageRecord, Progress};
 use super::outbox::OutboxRow;
 use super::phone::Contact;
-use super::retention::Removal;
+use super::retention::{Erasure, Removal};
 use super::time::Timestamp;
 
 /// One change of one record of a number.
@@ -63,6 +63,10 @@ pub enum Change {
     Removed(Removal),
     /// State of the limiter.
     Limiter(LimiterRecord),
+    /// Everything of a contact is to be erased.
+    Erase(Erasure),
+    /// It is.
+    Erased(ChatNo),
 }
 
 /// Hash of a request id together with the key that used it; made by the store.

@@ -138,6 +138,7 @@ impl Event {
             EventBody::NumberConnected => EventKind::NumberConnected,
             EventBody::NumberDisconnected { .. } => EventKind::NumberDisconnected,
             EventBody::WebhookDisabled { .. } => EventKind::WebhookDisabled,
+            EventBody::Erased(kind) => *kind,
         }
     }
 
@@ -156,7 +157,8 @@ impl Event {
             EventBody::NumberCreated
             | EventBody::NumberConnected
             | EventBody::NumberDisconnected { .. }
-            | EventBody::WebhookDisabled { .. } => None,
+            | EventBody::WebhookDisabled { .. }
+            | EventBody::Erased(_) => None,
         }
     }
 }
@@ -186,6 +188,8 @@ pub enum EventBody {
         /// Why.
         reason: DisabledReason,
     },
+    /// It told of a contact that was erased; nothing is left but its place and its kind.
+    Erased(EventKind),
 }
 
 /// Progress of one message of ours.

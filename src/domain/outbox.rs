@@ -380,6 +380,19 @@ impl Outbox {
         free && self.in_flight.len() < IN_FLIGHT_MAX
     }
 
+    /// Every row of a chat, in flight or not.
+    #[must_use]
+    pub fn of_chat(&self, chat: ChatNo) -> Vec<MessageSeq> {
+        let rows = self.entries.values().map(|entry| &entry.row).chain(self.later.values());
+        rows.filter(|row| row.chat == chat).map(|row| row.seq).collect()
+    }
+
+    /// Whether an attempt of this row is under way.
+    #[must_use]
+    pub fn is_in_flight(&self, seq: MessageSeq) -> bool {
+        self.in_flight.contains(&seq)
+    }
+
     /// The in-flight row with this WhatsApp id.
     #[must_use]
     pub fn in_flight_with(&self, whatsapp_id: &str) -> Option<MessageSeq> {

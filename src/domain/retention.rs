@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::change::{IdempotencyKey, SeenHash};
 use super::endpoint::DeliverySeq;
+use super::event::EventKind;
 use super::id::{ChatNo, EventSeq, MessageSeq, NumberId};
+use super::phone::Contact;
 use super::time::Timestamp;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -164,6 +166,17 @@ pub(super) fn before(now: Timestamp, kept: Duration) -> Timestamp {
     Timestamp(now.0.saturating_sub(u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)))
 }
 
+/// An order to erase a contact; also what is stored of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Erasure {
+    /// The contact's chat.
+    pub chat: ChatNo,
+    /// Messages up to here go; what came later is another conversation.
+    pub through: MessageSeq,
+    /// Events up to here are emptied.
+    pub events_through: EventSeq,
+}
+
 /// A look for rows that may go: one range, [`SWEEP_ROWS`] at most.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Sweep {
@@ -216,6 +229,22 @@ pub enum Sweep {
         /// So many of the newest stay; `None` when there cannot be more.
         keep: Option<u32>,
     },
+    /// The messages of a contact that is being erased.
+    ErasedMessages {
+        /// The order.
+        erasure: Erasure,
+        /// Rows up to here were looked at in this pass.
+        after: MessageSeq,
+    },
+    /// The events that tell of it. The log has no index by chat: it is gone through once, a batch at a time.
+    ErasedEvents {
+        /// The order.
+        erasure: Erasure,
+        /// Events up to here were looked at in this pass.
+        after: EventSeq,
+    },
+    /// Who it is, when nothing else is left.
+    ErasedContact(Erasure),
     /// What is queued and logged for endpoints that are gone.
     Orphans {
         /// The endpoints that are there.
@@ -257,8 +286,12 @@ pub enum Removal {
     /// Whom a chat without messages is with. That its addresses lead to this chat stays, as hashes: what arrives again
     /// is recognised by it.
     Chat(ChatNo),
+    /// Whom a chat was with, and that its addresses lead to it.
+    Contact(ChatNo, Contact),
     /// An event.
     Event(EventSeq),
+    /// What an event tells; it keeps its place.
+    EventBody(EventSeq, Timestamp, EventKind),
     /// A delivery for an endpoint that is gone.
     Delivery(u32, DeliverySeq),
     /// A dead letter.

@@ -181,6 +181,10 @@ impl Actor for NumberActor {
                 let id = state.wait(Waiter::RemoveEndpoint(reply));
                 state.step(Input::RemoveEndpoint(ordinal, id), &myself);
             }
+            NumberMessage::Erase(chat, reply) => {
+                let id = state.wait(Waiter::Erase(reply));
+                state.step(Input::Erase(chat, id), &myself);
+            }
             NumberMessage::Retention(retention) => state.step(Input::Retention(retention), &myself),
             NumberMessage::ChangeEndpoint(ordinal, order, reply) => {
                 let id = state.wait(Waiter::ChangeEndpoint(reply));

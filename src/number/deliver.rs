@@ -8,7 +8,7 @@ use super::environment::Environment;
 use super::message::{Inner, NumberMessage};
 use crate::domain::delivery::{AttemptEnd, Dispatch};
 use crate::domain::endpoint::Endpoint;
-use crate::domain::event::EventKind;
+use crate::domain::event::{EventBody, EventKind};
 use crate::domain::phone::Phone;
 use crate::domain::webhook::Answer;
 use crate::store::number_store::NumberStore;
@@ -49,6 +49,10 @@ impl DeliveryTask {
 
     async fn attempt(&self) -> Option<(EventKind, Report)> {
         let event = self.store.event(self.outgoing.row.event).await.ok()??;
+        if matches!(event.body, EventBody::Erased(_)) {
+            // It told of a contact that was erased: there is nothing to tell any more.
+            return None;
+        }
         let body = payload::body(&event, &self.own, &self.outgoing).ok()?;
         let now = self.environment.clock.now();
         let secrets = self.endpoint.signing_secrets(now).iter();

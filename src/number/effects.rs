@@ -5,7 +5,9 @@ use ractor::ActorRef;
 use super::actor::{Connection, Loaded, NumberState};
 use super::crossing::Crossing;
 use super::deliver::DeliveryTask;
-use super::message::{Accepted, ConnectionNo, EndpointRefused, FromSession, Inner, NumberMessage, SendRefused, Waiter};
+use super::message::{
+    Accepted, ConnectionNo, EndpointRefused, EraseRefused, FromSession, Inner, NumberMessage, SendRefused, Waiter,
+};
 use super::session_pump::SessionPump;
 use crate::domain::close::CloseReason;
 use crate::domain::delivery::{Dispatch, LoadPage, LoadReplay, REPLAY_READ, WINDOW_MAX};
@@ -199,6 +201,14 @@ impl NumberState {
             (Some(Waiter::Inbound(to)), _) => drop(to.send(())),
             (Some(Waiter::Cancel(to)), Reply::Cancelled(outcomes)) => drop(to.send(outcomes)),
             (Some(Waiter::Cancel(_)), _) => {}
+            (Some(Waiter::Erase(to)), answer) => {
+                let _ = to.send(match answer {
+                    Reply::EraseBegun => Ok(()),
+                    Reply::ContactBusy => Err(EraseRefused::InFlight),
+                    Reply::QueueFull => Err(EraseRefused::TooMany),
+                    _ => Err(EraseRefused::NotReady),
+                });
+            }
             (None, _) => {}
         }
     }
@@ -276,6 +286,7 @@ impl NumberState {
             Counted::Held(reason) => {
                 tracing::warn!(reason = reason.name(), "whatsapp refuses new chats: they are held");
             }
+            Counted::ContactErased => metrics::contact_erased(),
         }
     }
 

@@ -9,7 +9,7 @@ use ractor::ActorRef;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 
-use super::message::{Accepted, Control, EndpointRefused, NumberMessage, SendRefused, StoreLost};
+use super::message::{Accepted, Control, EndpointRefused, EraseRefused, NumberMessage, SendRefused, StoreLost};
 use crate::domain::endpoint::Endpoint;
 use crate::domain::id::{EventSeq, MessageSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
@@ -27,6 +27,10 @@ use crate::telemetry::rng::Random;
 
 /// Calls under way at once per number; more are refused before they reach the mailbox.
 pub const CALLS_MAX: usize = 64;
+
+/// How often, and how many times, a call looks whether an erasure has ended.
+const ERASE_LOOK_EVERY: Duration = Duration::from_millis(50);
+const ERASE_LOOKS: usize = 60;
 
 /// How long a call waits for a number that starts or restarts.
 const START_PATIENCE: Duration = Duration::from_secs(3);
@@ -80,6 +84,15 @@ impl std::fmt::Debug for Pairing {
             Self::Failed => "Failed",
         })
     }
+}
+
+/// How far an erasure is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Erased {
+    /// Nothing is left.
+    Entirely,
+    /// The order is durable and goes on, also after a restart.
+    UnderWay,
 }
 
 /// The running incarnation.
@@ -391,6 +404,27 @@ impl NumberHandle {
         let (reply, answer) = oneshot::channel();
         live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| SendRefused::NotReady)?;
         answer.await.map_err(|_| SendRefused::NotReady)
+    }
+
+    /// Erases a contact: its history, its chat and what events tell of it. Durable as an order when this returns; gives
+    /// whether it was carried out within a little while, or goes on behind.
+    ///
+    /// # Errors
+    /// See [`EraseRefused`].
+    pub async fn erase(&self, contact: &Contact) -> Result<Erased, EraseRefused> {
+        let live = self.live().await.ok_or(EraseRefused::NotReady)?;
+        let unread = |_| EraseRefused::NotReady;
+        let Some(chat) = live.store.chat_of(contact).await.map_err(unread)? else { return Ok(Erased::Entirely) };
+        let (reply, answer) = oneshot::channel();
+        live.actor.cast(NumberMessage::Erase(chat, reply)).map_err(|_| EraseRefused::NotReady)?;
+        answer.await.unwrap_or(Err(EraseRefused::NotReady))?;
+        for _ in 0..ERASE_LOOKS {
+            if !live.store.is_being_erased(chat).await.map_err(unread)? {
+                return Ok(Erased::Entirely);
+            }
+            tokio::time::sleep(ERASE_LOOK_EVERY).await;
+        }
+        Ok(Erased::UnderWay)
     }
 
     /// What it keeps was set, on disk. A number that starts just now reads it there.

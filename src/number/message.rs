@@ -8,7 +8,7 @@ use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
 use crate::domain::delivery::{AttemptEnd, DeliveryRow, Logged};
 use crate::domain::endpoint::Endpoint;
-use crate::domain::id::MessageSeq;
+use crate::domain::id::{ChatNo, MessageSeq};
 use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, EndpointOrder, Receipted, ReplyId, SendRequest};
@@ -120,6 +120,20 @@ pub enum EndpointRefused {
     ReplayBusy,
 }
 
+/// Why a contact is not erased now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EraseRefused {
+    /// The number is starting, restarting or quarantined.
+    #[error("the number is not served at this moment")]
+    NotReady,
+    /// A message to the contact may just be leaving.
+    #[error("a message to the contact is in flight")]
+    InFlight,
+    /// Too many contacts are being erased.
+    #[error("too many contacts are being erased")]
+    TooMany,
+}
+
 /// What an operator can order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Control {
@@ -142,6 +156,7 @@ pub(super) enum Waiter {
     ChangeEndpoint(oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     Inbound(oneshot::Sender<()>),
     Cancel(oneshot::Sender<Vec<(MessageSeq, CancelOutcome)>>),
+    Erase(oneshot::Sender<Result<(), EraseRefused>>),
 }
 
 /// An event of the session, resolved against the disk.
@@ -187,6 +202,8 @@ pub enum NumberMessage {
     Retention(Retention),
     /// Change one, or send something again.
     ChangeEndpoint(u32, EndpointOrder, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
+    /// Erase a contact; answered when the order is durable.
+    Erase(ChatNo, oneshot::Sender<Result<(), EraseRefused>>),
     /// The watchdog asks for a sign of life.
     Ping,
     /// Finish what waits for an answer, close politely, end.

@@ -55,6 +55,8 @@ pub enum Tag {
     ChatHeard = 0x18,
     /// h(caller's reference) of outbound messages to sequence; the newest one wins.
     CorrelationId = 0x19,
+    /// Contacts being erased, by chat number.
+    Erasure = 0x1a,
     /// Accepted sends that are not settled, by sequence.
     Outbox = 0x20,
     /// What they say, where the history does not keep it.

@@ -123,6 +123,8 @@ impl NumberStore {
             Change::Limiter(record) => {
                 unit.put(Tag::Limiter, [], encode(&record));
             }
+            Change::Erase(erasure) => Self::order_erasure(erasure, unit),
+            Change::Erased(chat) => Self::end_erasure(chat, unit),
         }
     }
 
@@ -157,6 +159,8 @@ impl NumberStore {
         let limiter = self.get(Tag::Limiter, &[]).await?;
         let limiter = limiter.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
         let endpoints = self.load_endpoints().await?;
+        let erasures = self.scan_all(Tag::Erasure, &[]).await?;
+        let erasures = erasures.iter().map(|(_, value)| decode(value)).collect::<Result<_, _>>()?;
         Ok(Snapshot {
             life,
             has_credentials: false,
@@ -166,7 +170,16 @@ impl NumberStore {
             limiter,
             endpoints,
             rules: Rules::default(),
+            erasures,
         })
+    }
+
+    /// Whether a contact is still being erased.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn is_being_erased(&self, chat: ChatNo) -> Result<bool, StoreError> {
+        Ok(self.get(Tag::Erasure, &chat.0.to_be_bytes()).await?.is_some())
     }
 
     pub(super) async fn scan_all(&self, tag: Tag, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {

@@ -6,14 +6,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::error::StoreError;
 use super::key::Tag;
 use super::number_store::{NumberStore, Order};
-use super::records::{decode, pair_key, time_key, word};
+use super::records::{decode, encode, pair_key, time_key, word};
 use super::unit::Unit;
 use crate::domain::change::{IdempotencyKey, SeenHash};
 use crate::domain::delivery::{Course, DEAD_LETTERS_MAX, DeliveryRow};
 use crate::domain::endpoint::DeliverySeq;
-use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
+use crate::domain::event::{Event, EventBody};
+use crate::domain::id::{ChatNo, EventId, EventSeq, MessageSeq};
 use crate::domain::message::{Direction, MessageRecord};
-use crate::domain::retention::{Found, Removal, SWEEP_ROWS, Sweep};
+use crate::domain::retention::{Erasure, Found, Removal, SWEEP_ROWS, Sweep};
 use crate::domain::time::Timestamp;
 
 const NOTHING: Found = Found { removals: Vec::new(), next: None, aged: None };
@@ -63,6 +64,9 @@ impl NumberStore {
                 let next = (keys.len() == SWEEP_ROWS).then_some(Sweep::Seen(before));
                 Ok(gone(keys.into_iter().map(|(at, hash)| Removal::Seen(at, SeenHash(hash))).collect(), next))
             }
+            Sweep::ErasedMessages { erasure, after } => self.erased_messages(erasure, after).await,
+            Sweep::ErasedEvents { erasure, after } => self.erased_events(erasure, after).await,
+            Sweep::ErasedContact(erasure) => self.erased_contact(erasure).await,
             Sweep::Messages { after, through, before } => self.old_messages(after, through, before).await,
             Sweep::EventAge { after, before } => self.event_age(after, before).await,
             Sweep::Events { after, through, dead_letters_hold, endpoints } => {
@@ -112,6 +116,44 @@ impl NumberStore {
         let mut removals: Vec<Removal> = old.iter().map(message_removal).collect();
         removals.extend(self.emptied_chats(&old).await?);
         Ok(gone(removals, next))
+    }
+
+    async fn erased_messages(&self, erasure: Erasure, after: MessageSeq) -> Result<Found, StoreError> {
+        let chat = erasure.chat.0;
+        let from = pair_key(chat, after.0);
+        let prefix = chat.to_be_bytes();
+        let keys = self.keys(Tag::ChatMessage, &prefix, Some(&from), Order::Ascending, (0, SWEEP_ROWS)).await?;
+        let mut removals = Vec::with_capacity(keys.len());
+        let mut next = None;
+        for key in &keys {
+            let seq = MessageSeq(pair(key)?.1);
+            if seq > erasure.through {
+                return Ok(gone(removals, None));
+            }
+            removals.push(match self.message(seq).await? {
+                Some(record) => message_removal(&record),
+                None => Removal::Message { seq, chat: erasure.chat, whatsapp_id: None, correlation_id: None },
+            });
+            next = (keys.len() == SWEEP_ROWS).then_some(Sweep::ErasedMessages { erasure, after: seq });
+        }
+        Ok(gone(removals, next))
+    }
+
+    async fn erased_events(&self, erasure: Erasure, after: EventSeq) -> Result<Found, StoreError> {
+        let events = self.events(after, SWEEP_ROWS).await?;
+        let named = events.iter().filter(|event| event.id.seq <= erasure.events_through);
+        let named = named.filter(|event| event.chat() == Some(erasure.chat));
+        let removals = named.map(|event| Removal::EventBody(event.id.seq, event.at, event.kind())).collect();
+        let last = events.last().map(|event| event.id.seq).filter(|seq| *seq < erasure.events_through);
+        let next = last.filter(|_| events.len() == SWEEP_ROWS);
+        Ok(gone(removals, next.map(|after| Sweep::ErasedEvents { erasure, after })))
+    }
+
+    /// Nothing to remove when they have written again since.
+    async fn erased_contact(&self, erasure: Erasure) -> Result<Found, StoreError> {
+        let left = self.keys(Tag::ChatMessage, &erasure.chat.0.to_be_bytes(), None, Order::Ascending, (0, 1)).await?;
+        let contact = self.contact(erasure.chat).await?.filter(|_| left.is_empty());
+        Ok(gone(contact.map(|contact| Removal::Contact(erasure.chat, contact)).into_iter().collect(), None))
     }
 
     async fn history_after(&self, after: MessageSeq, limit: usize) -> Result<Vec<MessageRecord>, StoreError> {
@@ -333,6 +375,14 @@ impl NumberStore {
         Ok(gone(removals, next))
     }
 
+    pub(super) fn order_erasure(erasure: Erasure, unit: &mut Unit) {
+        unit.put(Tag::Erasure, erasure.chat.0.to_be_bytes(), encode(&erasure));
+    }
+
+    pub(super) fn end_erasure(chat: ChatNo, unit: &mut Unit) {
+        unit.delete(Tag::Erasure, chat.0.to_be_bytes());
+    }
+
     pub(super) fn remove(&self, removal: Removal, unit: &mut Unit) {
         match removal {
             Removal::Idempotency(expires_at, key) => {
@@ -355,6 +405,17 @@ impl NumberStore {
             }
             Removal::Chat(chat) => {
                 unit.delete(Tag::Chat, chat.0.to_be_bytes());
+            }
+            Removal::Contact(chat, contact) => {
+                for address in contact.addresses() {
+                    unit.delete(Tag::ChatAlias, self.hashed("chat", address.as_bytes()));
+                }
+                unit.delete(Tag::Chat, chat.0.to_be_bytes()).delete(Tag::ChatHeard, chat.0.to_be_bytes());
+            }
+            Removal::EventBody(seq, at, kind) => {
+                let id = EventId { number: self.number(), seq };
+                let emptied = Event { id, at, body: EventBody::Erased(kind) };
+                unit.put(Tag::Event, seq.0.to_be_bytes(), encode(&emptied));
             }
             Removal::Event(seq) => {
                 unit.delete(Tag::Event, seq.0.to_be_bytes());

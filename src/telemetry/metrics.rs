@@ -30,6 +30,7 @@ const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
 const SLOT_TIMEOUTS_TOTAL: &str = "switchboard_slot_timeouts_total";
 const RESENT_TOTAL: &str = "switchboard_messages_resent_total";
 const SWEPT_ROWS_TOTAL: &str = "switchboard_swept_rows_total";
+const CONTACTS_ERASED_TOTAL: &str = "switchboard_contacts_erased_total";
 const SWEEP_PASSES_TOTAL: &str = "switchboard_sweep_passes_total";
 const PANICS_TOTAL: &str = "switchboard_panics_total";
 const COMMITTER_QUEUED: &str = "switchboard_committer_queued";
@@ -117,6 +118,7 @@ fn describe() {
     describe_counter!(SLOT_TIMEOUTS_TOTAL, "Numbers whose old socket did not go away in time");
     describe_counter!(API_SLOW_STREAMS_TOTAL, "Streams ended because their client did not read");
     describe_counter!(SWEPT_ROWS_TOTAL, "Rows removed because they were kept long enough");
+    describe_counter!(CONTACTS_ERASED_TOTAL, "Contacts of whom nothing is left, by order");
     describe_counter!(SWEEP_PASSES_TOTAL, "Times that a number went through everything it may forget");
     describe_counter!(RESENT_TOTAL, "Messages put on the wire again under the same id");
     describe_counter!(PANICS_TOTAL, "Panics in any thread");
@@ -271,6 +273,11 @@ pub fn slow_stream() {
 /// Rows were kept long enough.
 pub fn swept_rows(count: u64) {
     counter!(SWEPT_ROWS_TOTAL).increment(count);
+}
+
+/// Nothing is left of a contact.
+pub fn contact_erased() {
+    counter!(CONTACTS_ERASED_TOTAL).increment(1);
 }
 
 /// A number went through everything it may forget.

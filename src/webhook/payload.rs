@@ -189,7 +189,8 @@ fn facts<'a>(event: &'a Event, own: &Phone) -> Facts<'a> {
     match &event.body {
         EventBody::Outbound(body) => Facts::Outbound(outbound(body)),
         EventBody::Received(body) => Facts::Received(received(body, own)),
-        EventBody::NumberCreated => of_number(None, None, None),
+        // Never sent: who delivers looks first.
+        EventBody::NumberCreated | EventBody::Erased(_) => of_number(None, None, None),
         EventBody::NumberConnected => of_number(Some("OPEN"), None, None),
         EventBody::NumberDisconnected { reason, reconnecting } => {
             of_number(Some("CLOSE"), Some(reason.as_str()), Some(*reconnecting))

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use serde_json::Value;
 use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::stream_events_response::Step;
-use switchboard::demo::client::OwnedNumber;
+use switchboard::demo::client::{Caller, OwnedNumber};
 use switchboard::demo::phones::{CallError, call};
+use switchboard::domain::event::EventBody;
 use switchboard::domain::id::EventSeq;
+use switchboard::domain::phone::{Contact, Phone};
 use switchboard::store::key::Tag;
 use switchboard::store::layout::{Store, StoreSettings};
 use switchboard::store::number_store::{NumberStore, Order};
@@ -181,6 +183,79 @@ async fn who_only_relays_tells_everything_and_keeps_nothing() {
     assert_eq!(message_events_on_disk(&mut world, &shop.id).await, 0);
     let kept = on_disk(&mut world, &shop.id, async |store| store.messages(None, None, 100).await.unwrap()).await;
     assert!(kept.iter().all(|record| record.content.kind() == "not_kept" && record.sender_name.is_none()));
+}
+
+/// Asks until the contact is erased entirely.
+async fn erased(caller: &Caller, phone: &str) {
+    let erase = async || {
+        let request = proto::EraseContactRequest { number: String::new(), phone_number: format!("+{phone}") };
+        match caller.numbers().erase_contact(request).await {
+            Ok(answer) => (answer.into_inner().state() == proto::ErasureState::Erased).then_some(()),
+            // A message to them may just be leaving, and a number that starts is not served yet.
+            Err(status) => {
+                assert!(matches!(status.code(), Code::ResourceExhausted | Code::Unavailable), "{status:?}");
+                None
+            }
+        }
+    };
+    until("the contact is erased", erase).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_an_erased_contact_nothing_is_left_to_read_to_stream_or_to_deliver() {
+    let mut world = World::new().await;
+    let (_, _, numbers) = world.tenant("erase", &[SHOP]).await;
+    let shop = numbers[0].clone();
+    let sent = talk(&world, &shop, "secret").await;
+    shop.caller.send_text(OTHER, "to somebody else", "else").await.unwrap();
+    world.phones.write(OTHER, SHOP, "from somebody else").await.unwrap();
+    world.webhook(&shop, "message.received", |hook| hook.body["data"]["content"] == "from somebody else").await;
+    world.sink.answer(503);
+    world.phones.write(CUSTOMER, SHOP, "in secret, undelivered").await.unwrap();
+    world.webhook(&shop, "message.received", |hook| hook.body["data"]["content"] == "in secret, undelivered").await;
+    erased(&shop.caller, CUSTOMER).await;
+    world.sink.answer(200);
+    assert_eq!(got(&shop, &sent).await.unwrap_err().code(), Code::NotFound);
+    let texts: Vec<_> = listed(&shop).await.into_iter().map(|message| message.text).collect();
+    assert_eq!(texts, ["from somebody else", "to somebody else"]);
+    assert_eq!(history(&world, &shop, "").await["total"], 2);
+    let mut stream =
+        shop.caller.events().stream_events(proto::StreamEventsRequest::default()).await.unwrap().into_inner();
+    let mut told = Vec::new();
+    while let Some(Step::Event(event)) = stream.message().await.unwrap().unwrap().step {
+        told.push(format!("{event:?}"));
+    }
+    assert!(told.iter().any(|event| event.contains("somebody else")));
+    assert!(!told.iter().any(|event| event.contains("secret") || event.contains(CUSTOMER)), "{told:#?}");
+    // They are a new contact when they write again.
+    talk(&world, &shop, "again").await;
+    // The order survives the daemon's death, whenever it comes.
+    let request = proto::EraseContactRequest { number: String::new(), phone_number: format!("+{CUSTOMER}") };
+    let ordered = shop.caller.numbers().erase_contact(request).await;
+    world.kill_and_restart();
+    let caller = world.caller(&shop.key).await;
+    if ordered.is_err() {
+        // It was refused because a message was leaving: ordered again.
+        erased(&caller, CUSTOMER).await;
+    }
+    let shop = OwnedNumber { caller, ..shop };
+    until("nothing of it is left", async || {
+        let request = proto::ListMessagesRequest { number: shop.id.clone(), ..Default::default() };
+        let listed = shop.caller.messages().list_messages(request).await.ok()?.into_inner().messages;
+        (listed.len() == 2).then_some(())
+    })
+    .await;
+    erased(&shop.caller, CUSTOMER).await;
+    let contact = Contact::of_phone(Phone::parse(CUSTOMER).unwrap());
+    let (chat, orders, events) = on_disk(&mut world, &shop.id, async |store| {
+        let orders = store.keys(Tag::Erasure, &[], None, Order::Ascending, (0, 10)).await.unwrap().len();
+        (store.chat_of(&contact).await.unwrap(), orders, store.events(EventSeq(0), 1000).await.unwrap())
+    })
+    .await;
+    assert_eq!((chat, orders), (None, 0));
+    assert!(!format!("{:?}", events).contains("secret"));
+    let emptied = events.iter().filter(|event| matches!(event.body, EventBody::Erased(_))).count();
+    assert!(emptied >= 4, "they keep their places: {emptied}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

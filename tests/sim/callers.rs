@@ -44,6 +44,7 @@ pub(crate) enum Waiter {
     AddEndpoint,
     RemoveEndpoint,
     ChangeEndpoint(u32, Option<Replay>),
+    Erase(switchboard::domain::id::ChatNo),
 }
 
 impl Callers {
@@ -249,7 +250,8 @@ impl World {
             | Waiter::Cancel(_)
             | Waiter::AddEndpoint
             | Waiter::RemoveEndpoint
-            | Waiter::ChangeEndpoint(..) => {}
+            | Waiter::ChangeEndpoint(..)
+            | Waiter::Erase(_) => {}
         }
     }
 }

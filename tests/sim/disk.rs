@@ -7,16 +7,18 @@ use std::rc::Rc;
 use switchboard::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenHash, SeenKey};
 use switchboard::domain::delivery::{DeadLetter, DeliveryRow, StoredEndpoint};
 use switchboard::domain::endpoint::{DeliverySeq, Endpoint, EndpointState};
-use switchboard::domain::event::Event;
-use switchboard::domain::id::{ChatNo, EventSeq, MessageSeq};
+use switchboard::domain::event::{Event, EventBody};
+use switchboard::domain::id::{ChatNo, EventId, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::Life;
 use switchboard::domain::limiter::LimiterRecord;
 use switchboard::domain::message::{Content, Direction, MessageRecord, PLACEHOLDER_DIGEST, Progress};
 use switchboard::domain::number::{Commit, Snapshot, Ticket};
 use switchboard::domain::outbox::{OutboxRow, Standing};
 use switchboard::domain::phone::Contact;
-use switchboard::domain::retention::{Removal, Rules};
+use switchboard::domain::retention::{Erasure, Removal, Rules};
 use switchboard::domain::time::Timestamp;
+
+use super::world::NUMBER;
 
 /// The records of one number.
 #[derive(Debug, Default)]
@@ -35,6 +37,7 @@ pub(crate) struct Records {
     pub(crate) limiter: LimiterRecord,
     pub(crate) events: BTreeMap<EventSeq, Rc<Event>>,
     pub(crate) deliveries: BTreeMap<(u32, DeliverySeq), DeliveryRow>,
+    pub(crate) erasures: BTreeMap<ChatNo, Erasure>,
     pub(crate) bodies: BTreeMap<MessageSeq, Content>,
     pub(crate) seen_times: BTreeMap<(Timestamp, SeenHash), SeenKey>,
     pub(crate) dead: BTreeMap<(u32, EventSeq), DeadLetter>,
@@ -83,6 +86,8 @@ impl Records {
             Change::Life(life) => self.life = Some(life.clone()),
             Change::Removed(removal) => self.remove(removal),
             Change::Limiter(record) => self.limiter = *record,
+            Change::Erase(erasure) => drop(self.erasures.insert(erasure.chat, *erasure)),
+            Change::Erased(chat) => drop(self.erasures.remove(chat)),
         }
     }
 
@@ -131,6 +136,9 @@ impl Records {
             Change::Life(_) => self.life.clone_from(&other.life),
             Change::Limiter(_) => self.limiter = other.limiter,
             Change::Removed(removal) => self.revert_removal(removal, other),
+            Change::Erase(Erasure { chat, .. }) | Change::Erased(chat) => {
+                back_sorted(&mut self.erasures, &other.erasures, chat);
+            }
         }
     }
 
@@ -155,6 +163,18 @@ impl Records {
                 }
             }
             Removal::Chat(chat) => drop(self.chats.remove(chat)),
+            Removal::Contact(chat, contact) => {
+                for address in contact.addresses() {
+                    self.aliases.remove(&address);
+                }
+                self.chats.remove(chat);
+                self.heard.remove(chat);
+            }
+            Removal::EventBody(seq, at, kind) => {
+                let id = EventId { number: NUMBER, seq: *seq };
+                let emptied = Event { id, at: *at, body: EventBody::Erased(*kind) };
+                self.events.insert(*seq, Rc::new(emptied));
+            }
             Removal::Event(seq) => drop(self.events.remove(seq)),
             Removal::Delivery(endpoint, event) => drop(self.deliveries.remove(&(*endpoint, *event))),
             Removal::DeadLetter(endpoint, event) => drop(self.dead.remove(&(*endpoint, *event))),
@@ -179,7 +199,16 @@ impl Records {
                 }
             }
             Removal::Chat(chat) => back(&mut self.chats, &other.chats, chat),
-            Removal::Event(seq) => back_sorted(&mut self.events, &other.events, seq),
+            Removal::Contact(chat, contact) => {
+                for address in contact.addresses() {
+                    back(&mut self.aliases, &other.aliases, &address);
+                }
+                back(&mut self.chats, &other.chats, chat);
+                if other.heard.contains(chat) {
+                    self.heard.insert(*chat);
+                }
+            }
+            Removal::EventBody(seq, ..) | Removal::Event(seq) => back_sorted(&mut self.events, &other.events, seq),
             Removal::Delivery(endpoint, event) => {
                 back_sorted(&mut self.deliveries, &other.deliveries, &(*endpoint, *event));
             }
@@ -220,6 +249,7 @@ impl Records {
             limiter: self.limiter,
             endpoints: endpoints.collect(),
             rules,
+            erasures: self.erasures.values().copied().collect(),
         }
     }
 

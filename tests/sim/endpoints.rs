@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use switchboard::domain::delivery::{AttemptEnd, Dispatch};
 use switchboard::domain::endpoint::{Endpoint, EndpointStatus, EndpointUpdate, Replay};
-use switchboard::domain::event::EventFilter;
+use switchboard::domain::event::{EventBody, EventFilter};
 use switchboard::domain::id::EventSeq;
 use switchboard::domain::number::{EndpointOrder, Input, Reply};
 use switchboard::domain::time::Timestamp;
@@ -190,6 +190,8 @@ impl World {
         let odd = self.fault(self.plan.webhook);
         let mood = self.moods.0.get(&ordinal).copied();
         let event = self.disk.durable.events.get(&row.event).cloned();
+        // Of an erased contact nothing is sent.
+        let event = event.filter(|event| !matches!(event.body, EventBody::Erased(_)));
         let (answer, takes, pause) = match mood {
             _ if event.is_none() => (Answer::Unreadable, false, 0),
             _ if self.fault(self.plan.webhook / 4) => (Answer::Crowded, false, 0),

@@ -58,6 +58,8 @@ pub(crate) struct Plan {
     pub(crate) people: u64,
     /// How long things are kept.
     pub(crate) rules: Rules,
+    /// Somebody asks to be forgotten, among what the world does.
+    pub(crate) erase: u64,
     /// The owner changes what is kept, among what the world does.
     pub(crate) retention: u64,
     /// What the number is allowed.
@@ -110,6 +112,7 @@ impl Plan {
                 },
                 retention: rng.pick(&[Retention::KeepAll, Retention::KeepDays(1), Retention::RelayOnly]),
             },
+            erase: rng.pick(&[0, 0, 100, 500]),
             retention: rng.pick(&[0, 0, 50, 300]),
             limits: rng.pick(&[open, open, brisk, Limits::LINKED]),
             chapter: 500 + rng.below(1000),

@@ -14,7 +14,7 @@ use switchboard::domain::message::{Content, Direction, MessageRecord, MessageSta
 use switchboard::domain::number::{CancelOutcome, Transmit};
 use switchboard::domain::outbox::Schedule;
 use switchboard::domain::phone::Contact;
-use switchboard::domain::retention::{RELAY_ROWS_KEPT, Removal, Retention, Rules, SEEN_KEPT};
+use switchboard::domain::retention::{Erasure, RELAY_ROWS_KEPT, Removal, Retention, Rules, SEEN_KEPT};
 use switchboard::domain::time::Timestamp;
 
 use super::disk::Records;
@@ -74,6 +74,12 @@ pub(crate) struct Promises {
     answered: HashMap<IdempotencyKey, Answered>,
     /// What was kept when: since when, until when.
     retentions: Vec<(Timestamp, Option<Timestamp>, Retention)>,
+    /// People who were erased.
+    forgotten_people: HashSet<u64>,
+    /// Inbound messages of people who were erased.
+    forgotten: HashSet<InboundName>,
+    /// Contacts that were ordered to be erased.
+    erasures: Vec<Erasure>,
     /// Settled messages that went.
     gone: BTreeSet<MessageSeq>,
     visible: EventSeq,
@@ -139,7 +145,11 @@ impl Promises {
                 }
                 Change::OutboxGone(seq) => {
                     let settled = changes.iter().any(|other| matches!(other, Change::Progress(of, _) if of == seq));
-                    assert!(settled || before.progress.contains_key(seq), "{seq:?} left the outbox without an outcome");
+                    let erased = changes.iter().any(|other| matches!(other, Change::Erase(_)));
+                    assert!(
+                        settled || erased || before.progress.contains_key(seq),
+                        "{seq:?} left the outbox without an outcome"
+                    );
                 }
                 Change::Idempotency(key, _) => {
                     assert!(!before.idempotency.contains_key(key), "a request id was taken twice");
@@ -147,13 +157,16 @@ impl Promises {
                 Change::Chat(chat, contact) => {
                     let person = people::person(contact);
                     let known = *self.chats.entry(person).or_insert(*chat);
-                    assert_eq!(known, *chat, "person {person} got a second chat");
+                    // That two addresses are one person's is forgotten with them.
+                    let forgotten = self.forgotten_people.contains(&person);
+                    assert!(forgotten || known == *chat, "person {person} got a second chat");
                 }
                 Change::Event(event) => {
                     events += 1;
                     assert_eq!(event.id.seq, EventSeq(events), "the event log has a gap");
                     self.event_flushed(event);
                 }
+                Change::Erase(erasure) => self.erasure_flushed(erasure, before),
                 Change::Removed(removal) => self.removal_flushed(removal, changes, before, now),
                 Change::Counters(counters) => {
                     let old = before.counters;
@@ -186,7 +199,9 @@ impl Promises {
             }
             let name = Self::inbound_name(person, record, changes);
             let twice = self.inbound.insert(name, record.seq);
-            assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
+            // It comes again under the other address, which nobody knows to be theirs any more.
+            let forgotten = self.forgotten_people.contains(&person);
+            assert!(forgotten || twice.is_none(), "inbound {:?} is in the history twice", record.seq);
         }
     }
 
@@ -229,7 +244,9 @@ impl Promises {
         assert_eq!(self.placeholders.remove(&name), Some(record.seq), "another row waits for this content");
         let name = Self::inbound_name(person, record, changes);
         let twice = self.inbound.insert(name, record.seq);
-        assert_eq!(twice, None, "inbound {:?} is in the history twice", record.seq);
+        // It comes again under the other address, which nobody knows to be theirs any more.
+        let forgotten = self.forgotten_people.contains(&person);
+        assert!(forgotten || twice.is_none(), "inbound {:?} is in the history twice", record.seq);
     }
 
     fn event_flushed(&mut self, event: &Event) {
@@ -259,7 +276,8 @@ impl Promises {
             let settled = record.content == Content::NotKept && !durable.outbox.contains_key(&seq);
             assert!(settled || body == text, "{seq:?} says something else than was asked");
             made_at = record.created_at;
-            if let Some(contact) = durable.chats.get(&record.chat) {
+            let erased = self.is_erased(seq, record.chat);
+            if let Some(contact) = durable.chats.get(&record.chat).filter(|_| !erased) {
                 let (whatsapp_id, person) = (record.whatsapp_id.clone(), people::person(contact));
                 self.accepted.insert(seq, Accepted { whatsapp_id, person, text: text.to_owned() });
             }
@@ -308,11 +326,14 @@ impl Promises {
             Removal::Seen(at, _) => assert!(now.since(*at) >= SEEN_KEPT, "an inbound digest is forgotten early"),
             Removal::Message { seq, .. } => {
                 let Some(record) = before.messages.get(seq) else { panic!("{seq:?} goes twice") };
-                assert!(self.may_go(record.created_at, now), "{seq:?} goes while it is to be kept");
+                let erased = self.is_erased(*seq, record.chat);
+                assert!(erased || self.may_go(record.created_at, now), "{seq:?} goes while it is to be kept");
                 assert!(!before.outbox.contains_key(seq), "{seq:?} goes unsettled");
                 self.gone.insert(*seq);
                 self.placeholders.retain(|_, waiting| waiting != seq);
-                if let Some(accepted) = self.accepted.remove(seq) {
+                if let Some(accepted) = self.accepted.remove(seq)
+                    && !erased
+                {
                     self.check(*seq, &accepted, before);
                 }
             }
@@ -323,6 +344,23 @@ impl Promises {
                 };
                 let left = before.messages.values().find(|record| record.chat == *chat && !gone(&record.seq));
                 assert!(left.is_none(), "{chat:?} goes and has messages");
+            }
+            Removal::Contact(chat, contact) => {
+                assert!(self.erasures.iter().any(|erasure| erasure.chat == *chat), "{chat:?} goes and nobody asked");
+                let person = people::person(contact);
+                self.chats.remove(&person);
+                self.forgotten_people.insert(person);
+                // Whatever comes again after this is new.
+                let (gone, kept) =
+                    std::mem::take(&mut self.inbound).into_iter().partition(|((of, ..), _)| *of == person);
+                self.inbound = kept;
+                let gone: HashMap<InboundName, MessageSeq> = gone;
+                self.forgotten.extend(gone.into_keys());
+            }
+            Removal::EventBody(seq, ..) => {
+                let event = &before.events[seq];
+                let asked = |erasure: &Erasure| event.chat() == Some(erasure.chat) && *seq <= erasure.events_through;
+                assert!(self.erasures.iter().any(asked), "{seq:?} is emptied and nobody asked");
             }
             Removal::Event(seq) => {
                 // A replay may come too late for what it was to send.
@@ -337,6 +375,38 @@ impl Promises {
             }
             Removal::DeadLetter(..) | Removal::Attempt(..) => {}
         }
+    }
+
+    fn erasure_flushed(&mut self, erasure: &Erasure, before: &Records) {
+        self.erasures.push(*erasure);
+        // What was promised of them is withdrawn.
+        let of_chat = |seq: &MessageSeq| before.messages.get(seq).is_some_and(|record| record.chat == erasure.chat);
+        self.accepted.retain(|seq, _| *seq > erasure.through || !of_chat(seq));
+    }
+
+    fn is_erased(&self, seq: MessageSeq, chat: ChatNo) -> bool {
+        self.erasures.iter().any(|erasure| erasure.chat == chat && seq <= erasure.through)
+    }
+
+    pub(crate) fn was_erased(&self, chat: ChatNo) -> bool {
+        self.erasures.iter().any(|erasure| erasure.chat == chat)
+    }
+
+    /// What is left of somebody who was erased.
+    pub(crate) fn left_of_erased(&self, records: &Records) -> Option<String> {
+        let message = records.messages.values().find(|record| self.is_erased(record.seq, record.chat));
+        let event = records.events.values().find(|event| {
+            let asked =
+                |erasure: &Erasure| event.chat() == Some(erasure.chat) && event.id.seq <= erasure.events_through;
+            self.erasures.iter().any(asked)
+        });
+        let order = records.erasures.keys().next();
+        let found = [
+            message.map(|record| format!("message {:?} of somebody erased", record.seq)),
+            event.map(|event| format!("event {:?} of somebody erased", event.id.seq)),
+            order.map(|chat| format!("the order to erase {chat:?}")),
+        ];
+        found.into_iter().flatten().next()
     }
 
     /// A reader of the stream is told that its cursor is too old.
@@ -408,7 +478,8 @@ impl Promises {
     }
 
     pub(crate) fn inbound_acknowledged(&self, name: &InboundName) {
-        assert!(self.inbound.contains_key(name), "inbound {name:?} was acknowledged before it was durable");
+        let known = self.inbound.contains_key(name) || self.forgotten.contains(name);
+        assert!(known, "inbound {name:?} was acknowledged before it was durable");
     }
 
     // === the wire ===

@@ -77,6 +77,7 @@ impl World {
         loop {
             self.flush(usize::MAX);
             let left = Promises::left_over(&self.disk.durable, &rules, Timestamp(self.now), margin);
+            let left = left.or_else(|| self.promises.left_of_erased(&self.disk.durable));
             let Some(left) = left else { return };
             assert!(self.now < until, "is not forgotten: {left}");
             let pause = self.now + 10_000;
@@ -148,6 +149,9 @@ impl World {
             90..93 => self.change_mood(),
             93 => self.read_stream(),
             94 => {
+                if self.rng.chance(self.plan.erase) {
+                    self.erase_somebody();
+                }
                 if self.rng.chance(self.plan.retention) {
                     self.change_retention();
                 }

@@ -33,6 +33,34 @@ impl Records {
                 let next = (removals.len() == SWEEP_ROWS).then_some(Sweep::Seen(before));
                 gone(removals, next)
             }
+            Sweep::ErasedMessages { erasure, after } => {
+                let rows = self.messages.range(MessageSeq(after.0 + 1)..=erasure.through.max(MessageSeq(after.0 + 1)));
+                let rows = rows.filter(|(seq, record)| **seq <= erasure.through && record.chat == erasure.chat);
+                let rows: Vec<_> = rows.take(SWEEP_ROWS).map(|(_, record)| record.clone()).collect();
+                let next = rows.last().filter(|_| rows.len() == SWEEP_ROWS);
+                let next = next.map(|last| Sweep::ErasedMessages { erasure, after: last.seq });
+                let removal = |record: &std::rc::Rc<switchboard::domain::message::MessageRecord>| {
+                    let outbound = record.direction == Direction::Outbound;
+                    let whatsapp_id = outbound.then(|| record.whatsapp_id.clone());
+                    Removal::Message { seq: record.seq, chat: record.chat, whatsapp_id, correlation_id: None }
+                };
+                gone(rows.iter().map(removal).collect(), next)
+            }
+            Sweep::ErasedEvents { erasure, after } => {
+                let rows: Vec<_> = self.events.range(EventSeq(after.0 + 1)..).take(SWEEP_ROWS).collect();
+                let named = rows.iter().filter(|(seq, _)| **seq <= erasure.events_through);
+                let named = named.filter(|(_, event)| event.chat() == Some(erasure.chat));
+                let removals = named.map(|(seq, event)| Removal::EventBody(**seq, event.at, event.kind())).collect();
+                let last = rows.last().map(|(seq, _)| **seq).filter(|seq| *seq < erasure.events_through);
+                let next = last.filter(|_| rows.len() == SWEEP_ROWS);
+                gone(removals, next.map(|after| Sweep::ErasedEvents { erasure, after }))
+            }
+            Sweep::ErasedContact(erasure) => {
+                let left = self.messages.values().any(|record| record.chat == erasure.chat);
+                let contact = self.chats.get(&erasure.chat).filter(|_| !left).cloned();
+                let removal = contact.map(|contact| Removal::Contact(erasure.chat, contact));
+                gone(removal.into_iter().collect(), None)
+            }
             Sweep::Messages { after, through, before } => {
                 let rows = self.messages.range(MessageSeq(after.0 + 1)..).map(|(_, record)| record);
                 let old = rows.take_while(|record| record.seq <= through || record.created_at < before);
@@ -121,6 +149,17 @@ impl World {
         self.plan.rules.retention = retention;
         self.promises.retention_set(retention, switchboard::domain::time::Timestamp(self.now));
         self.step(Input::Retention(retention));
+    }
+
+    /// Somebody asks to be forgotten.
+    pub(crate) fn erase_somebody(&mut self) {
+        let person = self.rng.below(self.plan.people);
+        let chat = self.disk.visible.chat_of(&super::people::contact(person, super::people::Known::Phone));
+        if let Some(chat) = chat.filter(|_| self.number.is_some()) {
+            let reply = self.reply_id();
+            self.waiters.insert(reply, super::callers::Waiter::Erase(chat));
+            self.step(Input::Erase(chat, reply));
+        }
     }
 
     /// The reader gets a page, as the API gives it: what is durable and part of the log, or word that its cursor is too old.

@@ -581,6 +581,14 @@ impl World {
             Waiter::AddEndpoint => self.endpoint_answered(answer),
             Waiter::RemoveEndpoint => {}
             Waiter::ChangeEndpoint(ordinal, replay) => self.endpoint_changed(ordinal, replay, &answer),
+            Waiter::Erase(chat) => match answer {
+                Reply::EraseBegun => {
+                    let known = self.disk.durable.erasures.contains_key(&chat) || self.promises.was_erased(chat);
+                    assert!(known, "an erasure was answered before it was durable");
+                }
+                Reply::ContactBusy | Reply::QueueFull | Reply::Draining => {}
+                other => panic!("an erasure was answered {other:?}"),
+            },
         }
     }
 }

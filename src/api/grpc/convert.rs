@@ -258,7 +258,9 @@ fn event(event: Event) -> pb::Event {
             text: body.text,
             written_time: Some(time(body.written_at)),
         }),
-        EventBody::NumberCreated | EventBody::NumberConnected => Body::NumberChange(pb::NumberChange::default()),
+        EventBody::NumberCreated | EventBody::NumberConnected | EventBody::Erased(_) => {
+            Body::NumberChange(pb::NumberChange::default())
+        }
         EventBody::NumberDisconnected { reason, reconnecting } => {
             Body::NumberChange(pb::NumberChange { reason, reconnecting })
         }

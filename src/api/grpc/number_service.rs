@@ -9,6 +9,7 @@ use super::server::Service;
 use super::status::status_of;
 use crate::api::numbers::NewNumber;
 use crate::api::pairing::PairingWatch;
+use crate::number::handle::Erased;
 use crate::number::message::Control;
 use crate::telemetry::metrics::OpenStream;
 
@@ -63,6 +64,23 @@ impl pb::number_service_server::NumberService for Service {
             let number = asked.number.clone().unwrap_or_default();
             let change = convert::number_change(&number, asked.update_mask.as_ref())?;
             self.api.update_number(caller, &number.id, change).await.map(convert::number)
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn erase_contact(
+        &self,
+        request: Request<pb::EraseContactRequest>,
+    ) -> Result<Response<pb::EraseContactResponse>, Status> {
+        let call = self.begin("EraseContact");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            let state = match self.api.erase_contact(caller, &asked.number, &asked.phone_number).await? {
+                Erased::Entirely => pb::ErasureState::Erased,
+                Erased::UnderWay => pb::ErasureState::UnderWay,
+            };
+            Ok(pb::EraseContactResponse { state: state.into() })
         };
         call.answer(outcome.await)
     }

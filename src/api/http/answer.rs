@@ -43,6 +43,7 @@ impl IntoResponse for ApiError {
 fn json_name(field: &'static str) -> &'static str {
     match field {
         "to" => "destinationNumber",
+        "phone_number" => "contactNumber",
         "request_id" => "Idempotency-Key",
         "correlation_id" => "correlationId",
         "send_time" => "deliverAt",

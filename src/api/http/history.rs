@@ -1,20 +1,23 @@
-//! `GET /v1/messages/history`: the seed's surface, for number keys.
+//! `GET /v1/messages/history` and `POST /v1/contacts/erase`, for number keys.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::answer::{Call, caller};
+use super::body::Fields;
 use crate::api::history::{COUNTED_MAX, HistoryOrder, HistoryPage};
 use crate::api::messages::MessageCard;
 use crate::api::service::{Api, number_only};
 use crate::domain::message::Direction;
 use crate::domain::phone::Phone;
 use crate::domain::time::Timestamp;
+use crate::number::handle::Erased;
 
 /// Says why a history is empty.
 const RELAY_ONLY: &str = "PII_RELAY_ONLY";
@@ -37,6 +40,23 @@ pub(super) async fn list(
             cursor: given("cursor"),
         };
         Ok(shown(&api.history(caller, &order).await?))
+    };
+    call.answer(StatusCode::OK, outcome.await)
+}
+
+/// `POST /v1/contacts/erase`: everything of one contact. The phone number is in the body, because paths end up in logs.
+pub(super) async fn erase_contact(State(api): State<Arc<Api>>, headers: HeaderMap, body: Bytes) -> Response {
+    let call = Call::begin(&api, "POST /v1/contacts/erase");
+    let outcome = async {
+        let caller = caller(&api, &headers)?;
+        number_only(caller)?;
+        let mut fields = Fields::read(&body)?;
+        let contact = fields.text("contactNumber");
+        fields.end()?;
+        Ok(match api.erase_contact(caller, "", contact.as_deref().unwrap_or_default()).await? {
+            Erased::Entirely => json!({"status": "ERASED"}),
+            Erased::UnderWay => json!({"status": "ERASING"}),
+        })
     };
     call.answer(StatusCode::OK, outcome.await)
 }

@@ -54,6 +54,7 @@ pub async fn public(api: &Arc<Api>, limits: PublicLimits) -> Result<(Router, Hea
         .route("/v1/messages/cancel", delete(messages::cancel))
         .route("/v1/messages/history", get(history::list))
         .route("/v1/messages/{id}", get(messages::get))
+        .route("/v1/contacts/erase", post(history::erase_contact))
         .route("/v1/numbers", get(numbers::list))
         .route("/v1/numbers/{id}", get(numbers::get).patch(numbers::change))
         .route("/v1/webhooks", get(webhooks::list).post(webhooks::create))

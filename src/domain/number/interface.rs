@@ -15,7 +15,7 @@ use crate::domain::limiter::{LimiterRecord, Limits, LockAnswer, LockReason};
 use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
 use crate::domain::outbox::{Devices, OutboxRow, Standing};
 use crate::domain::phone::Contact;
-use crate::domain::retention::{Found, Retention, Rules, Sweep};
+use crate::domain::retention::{Erasure, Found, Retention, Rules, Sweep};
 use crate::domain::time::Timestamp;
 
 /// Names a commit; answered by [`Input::Stored`] in the order of the commits.
@@ -209,6 +209,8 @@ pub enum Input {
     Retention(Retention),
     /// A look for what is too old ended.
     Swept(Found),
+    /// Somebody wants everything of a chat erased.
+    Erase(ChatNo, ReplyId),
     /// No new sends; finish what waits for an answer, then close.
     Drain,
     /// Time went by.
@@ -281,6 +283,10 @@ pub enum Reply {
     EndpointChanged(Box<Endpoint>),
     /// A replay is under way already, or too much waits beside the queue.
     ReplayBusy,
+    /// The order to erase is durable.
+    EraseBegun,
+    /// A message to the contact may just be leaving.
+    ContactBusy,
     /// The messages, or what follows from the receipts, are durable.
     InboundDurable,
     /// What became of each message, in the order asked; durable.
@@ -378,6 +384,8 @@ pub enum Counted {
     SetAside,
     /// A webhook endpoint was stopped.
     EndpointDisabled(u32, DisabledReason),
+    /// Nothing is left of a contact.
+    ContactErased,
 }
 
 /// What a number is rebuilt from.
@@ -399,4 +407,6 @@ pub struct Snapshot {
     pub endpoints: Vec<StoredEndpoint>,
     /// How long things are kept.
     pub rules: Rules,
+    /// Contacts being erased.
+    pub erasures: Vec<Erasure>,
 }

@@ -39,6 +39,7 @@ pub(super) enum Then {
     EventsVisible(EventSeq),
     EventFloor(EventSeq),
     Swept,
+    EraseOrdered(ChatNo),
     EndpointAdded(Box<Endpoint>),
 }
 
@@ -129,7 +130,7 @@ impl Number {
             draining: false,
             distrusted_since: None,
             send_wake: None,
-            retaining: Retaining::new(snapshot.rules, id, now),
+            retaining: Retaining::new(snapshot.rules, snapshot.erasures, id, now),
             catch_up: None,
         };
         let mut draft = Draft::default();
@@ -224,6 +225,7 @@ impl Number {
             Input::ReplayLoaded(endpoint, events) => self.on_replay_loaded(endpoint, &events, now, &mut draft),
             Input::Retention(retention) => self.on_retention(retention, now, &mut draft),
             Input::Swept(found) => self.on_swept(found, now, &mut draft),
+            Input::Erase(chat, reply) => self.on_erase(chat, reply, &mut draft),
             Input::Drain => self.draining = true,
             Input::Tick => {
                 self.on_tick(now, &mut draft);
@@ -301,6 +303,7 @@ impl Number {
                 Then::EndpointAdded(endpoint) => self.endpoint_added(*endpoint),
                 Then::EventFloor(seq) => draft.effects.push(Effect::EventFloor(seq)),
                 Then::Swept => self.removed(now, draft),
+                Then::EraseOrdered(chat) => self.erase_ordered(chat, now),
             }
         }
         draft.effects.extend(visible.map(Effect::EventsVisible));

@@ -2,6 +2,7 @@
 //! it only performs. Whatever must wait for the disk waits for [`Input::Stored`]; nothing is answered before.
 
 mod connection;
+mod erasing;
 mod interface;
 mod machine;
 mod receiving;
@@ -10,6 +11,7 @@ mod sending;
 mod timely;
 mod webhooks;
 
+pub use erasing::ERASURES_MAX;
 pub use interface::EndpointOrder;
 pub use interface::{Arrived, CancelOutcome, CancelTarget, OnUnknown, Receipted, ReplyId, SendingRules};
 pub use interface::{Commit, Counted, Effect, Input, Reply, Retry, SendRequest, Snapshot, Ticket, Transmit};

@@ -115,7 +115,7 @@ impl Number {
         };
         let recent = self.recent_placeholders.iter().find(|(other, _)| same(other)).map(|(_, record)| record);
         let found = message.placeholder.as_deref().or(recent)?;
-        let open = !self.recent_filled.contains(&found.seq) && !self.retaining.is_gone(found.seq);
+        let open = !self.recent_filled.contains(&found.seq) && !self.is_forgotten(found.seq, key.chat);
         open.then(|| found.clone())
     }
 

@@ -3,16 +3,21 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use super::erasing::ERASURES_MAX;
 use super::interface::{Counted, Effect, Ticket};
 use super::machine::{Draft, Number, Then};
 use crate::domain::change::Change;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq, NumberId};
-use crate::domain::retention::{Found, Removal, Retention, Rules, SEEN_KEPT, SWEEP_PAUSE, Sweep, before};
+use crate::domain::retention::{Erasure, Found, Removal, Retention, Rules, SEEN_KEPT, SWEEP_PAUSE, Sweep, before};
 use crate::domain::time::Timestamp;
 
 /// One part of a pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
+    ErasedMessages(ChatNo),
+    ErasedEvents(ChatNo),
+    ErasedContact(ChatNo),
+    Erased(ChatNo),
     Idempotency,
     Seen,
     Messages,
@@ -41,6 +46,12 @@ pub(super) struct Retaining {
     rules: Rules,
     phase: Phase,
     parts: VecDeque<Part>,
+    /// Contacts being erased.
+    pub(super) erasures: Vec<Erasure>,
+    /// Orders to erase that are on their way to the disk.
+    pub(super) ordered: Vec<ChatNo>,
+    /// Contacts erased lately: a receipt may still name a message of theirs.
+    erased: VecDeque<Erasure>,
     /// Chats with a message that the look under way may not have seen.
     used_chats: BTreeSet<ChatNo>,
     /// Chats with a message on its way to the disk, and the last commit it may be in.
@@ -54,11 +65,16 @@ pub(super) struct Retaining {
 }
 
 impl Retaining {
-    pub(super) fn new(rules: Rules, number: NumberId, now: Timestamp) -> Self {
+    pub(super) fn new(rules: Rules, erasures: Vec<Erasure>, number: NumberId, now: Timestamp) -> Self {
+        // What was begun is finished first.
+        let first = if erasures.is_empty() { rules.next_pass(number, now) } else { now };
         Self {
             rules,
-            phase: Phase::Resting(rules.next_pass(number, now)),
+            phase: Phase::Resting(first),
             parts: VecDeque::new(),
+            erasures,
+            ordered: Vec::new(),
+            erased: VecDeque::new(),
             used_chats: BTreeSet::new(),
             pending_chats: VecDeque::new(),
             gone_through: MessageSeq(0),
@@ -78,11 +94,6 @@ impl Retaining {
         self.rules.retention == Retention::RelayOnly
     }
 
-    /// Whether a settled history row is gone or about to go.
-    pub(super) fn is_gone(&self, seq: MessageSeq) -> bool {
-        seq <= self.gone_through
-    }
-
     /// A chat gets a message, by a commit no later than this one.
     pub(super) fn chat_used(&mut self, chat: ChatNo, commit: Ticket) {
         self.pending_chats.push_back((commit, chat));
@@ -95,6 +106,20 @@ impl Retaining {
         while self.pending_chats.front().is_some_and(|(commit, _)| *commit <= ticket) {
             self.pending_chats.pop_front();
         }
+    }
+
+    /// Whether a message is of a contact that is being erased, or was lately.
+    fn is_erased(&self, seq: MessageSeq, chat: ChatNo) -> bool {
+        let mut all = self.erasures.iter().chain(&self.erased);
+        all.any(|erasure| erasure.chat == chat && seq <= erasure.through)
+    }
+
+    pub(super) fn erasure_done(&mut self, chat: ChatNo) {
+        let Some(index) = self.erasures.iter().position(|erasure| erasure.chat == chat) else { return };
+        if self.erased.len() >= ERASURES_MAX {
+            self.erased.pop_front();
+        }
+        self.erased.push_back(self.erasures.remove(index));
     }
 
     pub(super) fn attempt_logged(&mut self) {
@@ -127,7 +152,7 @@ impl Number {
     }
 
     /// Begins a pass now; one that is under way begins again after its present batch.
-    fn sweep_soon(&mut self, now: Timestamp) {
+    pub(super) fn sweep_soon(&mut self, now: Timestamp) {
         match self.retaining.phase {
             Phase::Resting(_) | Phase::Pausing(..) => self.retaining.phase = Phase::Resting(now),
             Phase::Looking => self.begin_pass(),
@@ -142,7 +167,13 @@ impl Number {
         let Retaining { attempts, rules, .. } = &self.retaining;
         self.retaining.keep_attempts = (*attempts != Some(0)).then_some(rules.policy.attempts_max);
         self.retaining.attempts = Some(0);
-        let mut parts = VecDeque::from([Part::Idempotency, Part::Seen, Part::Messages, Part::EventAge]);
+        let mut parts = VecDeque::new();
+        let Retaining { erasures, ordered, .. } = &self.retaining;
+        for Erasure { chat, .. } in erasures.iter().filter(|erasure| !ordered.contains(&erasure.chat)) {
+            parts.extend([Part::ErasedMessages(*chat), Part::ErasedEvents(*chat)]);
+            parts.extend([Part::ErasedContact(*chat), Part::Erased(*chat)]);
+        }
+        parts.extend([Part::Idempotency, Part::Seen, Part::Messages, Part::EventAge]);
         for endpoint in self.deliveries.endpoints() {
             parts.push_back(Part::DeadLetters(endpoint.ordinal));
             parts.push_back(Part::Attempts(endpoint.ordinal));
@@ -171,6 +202,10 @@ impl Number {
 
     fn sweep_next_part(&mut self, now: Timestamp, draft: &mut Draft) {
         while let Some(part) = self.retaining.parts.pop_front() {
+            if let Part::Erased(chat) = part {
+                self.erased(chat, draft);
+                continue;
+            }
             if let Some(sweep) = self.sweep_of(part, now) {
                 return self.look(sweep, draft);
             }
@@ -187,7 +222,12 @@ impl Number {
 
     fn sweep_of(&self, part: Part, now: Timestamp) -> Option<Sweep> {
         let rules = &self.retaining.rules;
+        let erasure = |chat| self.retaining.erasures.iter().find(|erasure| erasure.chat == chat).copied();
         Some(match part {
+            Part::ErasedMessages(chat) => Sweep::ErasedMessages { erasure: erasure(chat)?, after: MessageSeq(0) },
+            Part::ErasedEvents(chat) => Sweep::ErasedEvents { erasure: erasure(chat)?, after: EventSeq(0) },
+            Part::ErasedContact(chat) => Sweep::ErasedContact(erasure(chat)?),
+            Part::Erased(_) => return None,
             Part::Idempotency => Sweep::Idempotency(now),
             Part::Seen => Sweep::Seen(before(now, SEEN_KEPT)),
             Part::Messages => {
@@ -284,10 +324,13 @@ impl Number {
                     kept_chats.insert(*chat);
                     continue;
                 }
-                Removal::Message { seq, .. } => {
-                    self.retaining.gone_through = self.retaining.gone_through.max(*seq);
+                Removal::Message { seq, chat, .. } => {
+                    // Of a contact that is being erased only its own rows go; otherwise everything older went before.
+                    if !self.retaining.is_erased(*seq, *chat) {
+                        self.retaining.gone_through = self.retaining.gone_through.max(*seq);
+                    }
                 }
-                Removal::Chat(chat) => {
+                Removal::Chat(chat) | Removal::Contact(chat, _) => {
                     if kept_chats.contains(chat) || self.retaining.used_chats.contains(chat) {
                         continue;
                     }
@@ -297,6 +340,7 @@ impl Number {
                 Removal::Idempotency(..)
                 | Removal::Seen(..)
                 | Removal::Event(_)
+                | Removal::EventBody(..)
                 | Removal::Delivery(..)
                 | Removal::DeadLetter(..)
                 | Removal::Attempt(..)
@@ -322,7 +366,8 @@ impl Number {
     }
 
     /// Whether a message is off the disk, or on its way off it: nothing new is noted of it.
-    pub(super) fn is_forgotten(&self, seq: MessageSeq) -> bool {
-        seq <= self.retaining.gone_through && !self.is_unsettled(seq)
+    pub(super) fn is_forgotten(&self, seq: MessageSeq, chat: ChatNo) -> bool {
+        let gone = seq <= self.retaining.gone_through || self.retaining.is_erased(seq, chat);
+        gone && !self.is_unsettled(seq)
     }
 }

@@ -309,7 +309,7 @@ impl Number {
         draft: &mut Draft,
     ) {
         for message in messages {
-            if self.is_forgotten(message.seq) {
+            if self.is_forgotten(message.seq, message.chat) {
                 continue;
             }
             // A receipt proves that the server had it, whatever became of the answer.
