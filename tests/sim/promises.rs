@@ -382,6 +382,8 @@ impl Promises {
         // What was promised of them is withdrawn.
         let of_chat = |seq: &MessageSeq| before.messages.get(seq).is_some_and(|record| record.chat == erasure.chat);
         self.accepted.retain(|seq, _| *seq > erasure.through || !of_chat(seq));
+        // A row of theirs is not filled any more.
+        self.placeholders.retain(|_, seq| *seq > erasure.through || !of_chat(seq));
     }
 
     fn is_erased(&self, seq: MessageSeq, chat: ChatNo) -> bool {
