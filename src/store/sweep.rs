@@ -163,19 +163,22 @@ impl NumberStore {
 
     /// The chats that have no message but these.
     async fn emptied_chats(&self, going: &[MessageRecord]) -> Result<Vec<Removal>, StoreError> {
-        let mut last_going: BTreeMap<ChatNo, MessageSeq> = BTreeMap::new();
+        let mut spans: BTreeMap<ChatNo, (MessageSeq, MessageSeq)> = BTreeMap::new();
         for record in going {
-            last_going.insert(record.chat, record.seq);
+            spans.entry(record.chat).or_insert((record.seq, record.seq)).1 = record.seq;
         }
         let mut emptied = Vec::new();
-        for (chat, last) in last_going {
+        for (chat, (first, last)) in spans {
             let prefix = chat.0.to_be_bytes();
             let newest = self.keys(Tag::ChatMessage, &prefix, None, Order::Descending, (0, 1)).await?;
-            let has_newer = match newest.first() {
-                Some(key) => pair(key)?.1 > last.0,
-                None => false,
-            };
-            if !has_newer {
+            // An older one may have stayed because it is not settled.
+            let oldest = self.keys(Tag::ChatMessage, &prefix, None, Order::Ascending, (0, 1)).await?;
+            let mut left = false;
+            for key in newest.iter().chain(&oldest) {
+                let seq = pair(key)?.1;
+                left |= seq < first.0 || seq > last.0;
+            }
+            if !left {
                 emptied.push(Removal::Chat(chat));
             }
         }

@@ -76,9 +76,12 @@ impl Records {
                 }
                 let chats: BTreeSet<ChatNo> = old.iter().map(|record| record.chat).collect();
                 let last = |chat| old.iter().filter(|record| record.chat == chat).map(|record| record.seq).max();
-                let newest =
-                    |chat| self.messages.values().rev().find(|record| record.chat == chat).map(|record| record.seq);
-                removals.extend(chats.into_iter().filter(|chat| newest(*chat) <= last(*chat)).map(Removal::Chat));
+                let first = |chat| old.iter().find(|record| record.chat == chat).map(|record| record.seq);
+                let of_chat =
+                    |chat| self.messages.values().filter(move |record| record.chat == chat).map(|record| record.seq);
+                let emptied =
+                    |chat: &ChatNo| of_chat(*chat).max() <= last(*chat) && of_chat(*chat).min() >= first(*chat);
+                removals.extend(chats.into_iter().filter(emptied).map(Removal::Chat));
                 gone(removals, next)
             }
             Sweep::EventAge { after, before } => {

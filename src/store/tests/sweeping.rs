@@ -9,7 +9,7 @@ use crate::domain::id::{ChatNo, EventId, EventSeq, MessageSeq};
 use crate::domain::message::{Content, Direction, MessageRecord, Progress};
 use crate::domain::number::{Commit, Ticket};
 use crate::domain::phone::{Contact, Phone};
-use crate::domain::retention::{SWEEP_ROWS, Sweep};
+use crate::domain::retention::{Removal, SWEEP_ROWS, Sweep};
 use crate::domain::time::Timestamp;
 use crate::store::key::Tag;
 use crate::store::number_store::{NumberStore, Order};
@@ -122,6 +122,24 @@ async fn history_goes_with_its_index_its_progress_and_chats_that_are_left_empty(
         (None, Some(contact(3)))
     );
     assert_eq!(number.chat_of(&contact(1)).await.unwrap(), Some(ChatNo(1)), "what comes again is recognised by it");
+}
+
+#[tokio::test]
+async fn a_chat_with_an_older_row_that_stays_is_not_empty() {
+    let home = Home::new("sweep-chats");
+    let store = home.open();
+    let number = claim(&store, 1).await;
+    write(&number, (1..=3).map(|seq| Change::Message(message(seq, 1, seq))).collect()).await;
+    let chats = async |after: u64| {
+        let look = Sweep::Messages { after: MessageSeq(after), through: MessageSeq(3), before: Timestamp(0) };
+        let removals = number.find(look).await.unwrap().removals;
+        removals.into_iter().filter(|removal| matches!(removal, Removal::Chat(_))).count()
+    };
+    assert_eq!(
+        (chats(0).await, chats(1).await),
+        (1, 0),
+        "the first one is not settled and was left by an earlier batch"
+    );
 }
 
 #[tokio::test]
