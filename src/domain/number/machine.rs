@@ -244,7 +244,13 @@ impl Number {
         if !draft.changes.is_empty() || !draft.then.is_empty() {
             effects.push(self.commit(draft.changes, draft.then, None, draft.durable));
         }
-        if let Some((unless_known, changes, then)) = draft.conditional {
+        if let Some((unless_known, mut changes, then)) = draft.conditional {
+            // Written behind the other commit: it must not take back a mark that this very step moved on.
+            for change in &mut changes {
+                if let Change::Counters(counters) = change {
+                    *counters = self.counters;
+                }
+            }
             effects.push(self.commit(changes, vec![then], Some(unless_known), true));
         }
         effects.append(&mut draft.effects);
