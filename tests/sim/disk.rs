@@ -294,17 +294,31 @@ pub(crate) struct Disk {
     /// Applied, not flushed.
     applied: VecDeque<Vec<Change>>,
     answers: Vec<(Ticket, bool)>,
+    /// Commits whose answer has not reached the machine.
+    unanswered: u64,
     /// Credentials live beside the number's own records and are durable at once.
     pub(crate) has_credentials: bool,
 }
 
 impl Disk {
     pub(crate) fn submit(&mut self, commit: Commit) {
+        self.unanswered += 1;
         self.queue.push_back(commit);
     }
 
+    /// The machine hears of a commit.
+    pub(crate) fn answered(&mut self) {
+        self.unanswered -= 1;
+    }
+
+    /// Nothing waits to be written.
     pub(crate) fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.answers.is_empty()
+    }
+
+    /// Every commit is answered: the machine and the disk know the same.
+    pub(crate) fn agrees(&self) -> bool {
+        self.unanswered == 0
     }
 
     /// Writes the next group. Gives whether it must be flushed before its answers.
@@ -352,6 +366,7 @@ impl Disk {
 
     /// Forgets whatever was not flushed.
     pub(crate) fn lose(&mut self) {
+        self.unanswered = 0;
         self.queue.clear();
         self.answers.clear();
         for changes in std::mem::take(&mut self.applied) {

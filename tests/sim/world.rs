@@ -259,7 +259,10 @@ impl World {
         match what {
             Happens::DiskWrites => self.disk_writes(),
             Happens::DiskFlushes => self.disk_flushes(),
-            Happens::Stored(ticket, written) => self.step(Input::Stored(ticket, written)),
+            Happens::Stored(ticket, written) => {
+                self.disk.answered();
+                self.step(Input::Stored(ticket, written));
+            }
             Happens::GateGrants(turn) => {
                 if self.gate == Some(turn) {
                     self.gate = None;
