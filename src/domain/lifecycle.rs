@@ -132,6 +132,16 @@ pub enum Purpose {
     Connect,
 }
 
+/// How far linking has come; [`State::Linking`] covers the wait for the gate as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+enum LinkingStep {
+    /// No session yet.
+    #[default]
+    AwaitsGate,
+    /// A session was opened and has not ended.
+    Opened,
+}
+
 /// What can happen to a number's connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
@@ -204,6 +214,8 @@ pub struct Life {
     /// When a replacement was last taken for our own echo.
     #[serde(default)]
     last_echo: Option<Timestamp>,
+    #[serde(default)]
+    linking: LinkingStep,
     stable: bool,
 }
 
@@ -222,6 +234,7 @@ impl Life {
             last_immediate: None,
             echo_until: None,
             last_echo: None,
+            linking: LinkingStep::AwaitsGate,
             stable: false,
         }
     }
@@ -265,11 +278,23 @@ impl Life {
         if self.state != state {
             self.state = state;
             self.since = now;
+            self.linking = LinkingStep::AwaitsGate;
         }
     }
 
     fn has_session(&self) -> bool {
-        matches!(self.state, State::Linking | State::Connecting | State::Online)
+        match self.state {
+            State::Connecting | State::Online => true,
+            State::Linking => self.linking == LinkingStep::Opened,
+            State::Unlinked
+            | State::Offline { .. }
+            | State::AwaitingGate
+            | State::Parked { .. }
+            | State::Replaced
+            | State::LoggedOut
+            | State::Stopped
+            | State::Quarantined => false,
+        }
     }
 
     /// One step. Pure: the same life, input and moment always give the same result.
@@ -317,7 +342,7 @@ impl Life {
         if self.has_session() {
             return vec![Effect::LeaveGate, Effect::Close];
         }
-        let waiting = self.state == State::AwaitingGate;
+        let waiting = matches!(self.state, State::AwaitingGate | State::Linking);
         if self.state != State::LoggedOut {
             self.enter(State::Stopped, now);
         }
@@ -347,14 +372,17 @@ impl Life {
 
     fn granted(&mut self, now: Timestamp) -> Vec<Effect> {
         match self.state {
-            // Stopped while it waited; the turn came all the same.
-            State::Linking if self.desired == Desired::Stopped => vec![Effect::LeaveGate],
-            State::Linking => vec![Effect::Open(Purpose::Pair)],
+            State::Linking if self.linking == LinkingStep::AwaitsGate => {
+                self.linking = LinkingStep::Opened;
+                vec![Effect::Open(Purpose::Pair)]
+            }
             State::AwaitingGate => {
                 self.enter(State::Connecting, now);
                 vec![Effect::Open(Purpose::Connect)]
             }
+            // A turn that was taken back while its word was on the way, or the second one of two.
             State::Unlinked
+            | State::Linking
             | State::Offline { .. }
             | State::Connecting
             | State::Online
@@ -368,7 +396,7 @@ impl Life {
 
     fn online(&mut self, now: Timestamp) -> Vec<Effect> {
         match self.state {
-            State::Linking | State::Connecting => {
+            State::Linking | State::Connecting if self.has_session() => {
                 self.enter(State::Online, now);
                 self.reason.clear();
                 self.stable = false;
@@ -376,6 +404,8 @@ impl Life {
             }
             // A session nobody should have.
             State::Unlinked
+            | State::Linking
+            | State::Connecting
             | State::Offline { .. }
             | State::AwaitingGate
             | State::Parked { .. }
@@ -671,9 +701,11 @@ mod tests {
         fn nothing_connects_that_must_not(steps in proptest::collection::vec((inputs(), 0u64..400_000), 0..60)) {
             let mut life = Life::new(NOW);
             let mut now = NOW;
+            let mut open = false;
             for (input, wait) in steps {
                 now = Timestamp(now.0 + wait);
                 let before = life.clone();
+                open &= !matches!(input, Input::Closed { .. });
                 let effects = life.step(input.clone(), now);
                 let opens = effects.iter().any(|effect| matches!(effect, Effect::Open(_)));
                 let asks = effects.contains(&Effect::AskGate);
@@ -688,6 +720,8 @@ mod tests {
                 if opens {
                     prop_assert!(matches!(before.state, State::AwaitingGate | State::Linking));
                     prop_assert!(input == Input::Granted);
+                    prop_assert!(!open, "a second session is opened");
+                    open = true;
                 }
                 if life.desired == Desired::Stopped {
                     prop_assert!(!asks && !opens);
@@ -702,6 +736,10 @@ mod tests {
         life.step(Input::Pair, NOW);
         life.step(Input::Stop, NOW);
         assert_eq!(life.step(Input::Granted, NOW), [Effect::LeaveGate], "stopped while its turn was on the way");
+        life.step(Input::Start, NOW);
+        life.step(Input::Pair, NOW);
+        assert_eq!(life.step(Input::Granted, NOW), [Effect::Open(Purpose::Pair)]);
+        assert_eq!(life.step(Input::Granted, NOW), [Effect::LeaveGate], "both turns came, one session is open");
         let mut life = online();
         life.step(Input::Closed { reason: CloseReason::LoggedOut { code: 401 }, backoff: BACKOFF }, NOW);
         let late = Input::Closed { reason: CloseReason::Recycled, backoff: BACKOFF };

@@ -93,8 +93,8 @@ pub(crate) struct Promises {
     first_sent: HashMap<ChatNo, MessageSeq>,
     /// Withdrawn, and answered so; or told to be expired.
     withdrawn: HashSet<MessageSeq>,
-    /// Until when nobody who never wrote may be written to.
-    hold: Option<Hold>,
+    /// Until when nobody who never wrote may be written to: every word on it, in order; the last one counts.
+    holds: Vec<Hold>,
     /// People who wrote, as far as the machine was told.
     wrote: HashSet<u64>,
     /// Rows without content: by person, direction and WhatsApp's id.
@@ -491,20 +491,21 @@ impl Promises {
         let lock = error == Some(463);
         if lock || error == Some(475) {
             let until = now + 24 * HOUR;
-            if self.hold.is_none_or(|hold| hold.until <= until) {
-                self.hold = Some(Hold { until, lock });
+            if self.holds.last().is_none_or(|hold| hold.until <= until) {
+                self.holds.push(Hold { until, lock });
             }
         }
     }
 
     /// WhatsApp's word on its lock reaches the machine.
     pub(crate) fn lock_told(&mut self, answer: LockAnswer, now: u64) {
-        if let Some(hold) = self.hold.as_mut().filter(|hold| hold.lock && hold.until > now) {
-            hold.until = match answer {
+        if self.holds.last().is_some_and(|hold| hold.lock && hold.until > now) {
+            let until = match answer {
                 LockAnswer::Until(at) => at.0,
                 LockAnswer::Open => now + 24 * HOUR,
                 LockAnswer::None => now + HOUR,
             };
+            self.holds.push(Hold { until, lock: true });
         }
     }
 
@@ -522,8 +523,8 @@ impl Promises {
         self.not_withdrawn(seq);
         assert!(record.send_at.is_none_or(|at| at.0 <= now), "{seq:?} is transmitted before its time");
         assert!(now < deadline(record), "{seq:?} is transmitted after its deadline");
-        let held = self.hold.is_some_and(|hold| now < hold.until) && !self.wrote.contains(&people::person(to));
-        assert!(!held, "{seq:?} opens a chat during a hold: {:?}", self.hold);
+        let hold = self.holds.last().filter(|hold| now < hold.until && !self.wrote.contains(&people::person(to)));
+        assert!(hold.is_none(), "{seq:?} opens a chat during a hold: {hold:?}");
     }
 
     /// Sends of one chat leave in the order of acceptance; a scheduled one behind what waited when it was due.
@@ -628,8 +629,15 @@ impl Promises {
         self.visible = EventSeq(durable.counters.event);
         self.flying.clear();
         self.hooks.crashed(durable);
-        if !matches!(durable.limiter.new_chats, NewChats::Held { .. }) {
-            self.hold = None;
+        // A word that had not reached the disk is forgotten; the one before it counts again.
+        match durable.limiter.new_chats {
+            NewChats::Held { until, .. } => {
+                while self.holds.last().is_some_and(|hold| hold.until > until.0) {
+                    self.holds.pop();
+                }
+                assert!(!self.holds.is_empty(), "the hold on disk is shorter than any that was told");
+            }
+            NewChats::Allowed | NewChats::Probing => self.holds.clear(),
         }
         let wrote = self.inbound.keys().filter(|(_, direction, ..)| *direction == Direction::Inbound);
         self.wrote = wrote.map(|(person, ..)| *person).collect();
