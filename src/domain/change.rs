@@ -103,6 +103,10 @@ pub struct SeenKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SeenHash(pub [u8; 16]);
 
+/// An address that leads to a chat, as the store keys it: its keyed hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AliasHash(pub [u8; 16]);
+
 /// One webhook attempt, for the delivery log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttemptRecord {

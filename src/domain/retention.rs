@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::change::{IdempotencyKey, SeenHash};
+use super::change::{AliasHash, IdempotencyKey, SeenHash};
 use super::endpoint::DeliverySeq;
 use super::event::EventKind;
 use super::id::{ChatNo, EventSeq, MessageSeq, NumberId};
-use super::phone::Contact;
 use super::time::Timestamp;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -286,8 +285,9 @@ pub enum Removal {
     /// Whom a chat without messages is with. That its addresses lead to this chat stays, as hashes: what arrives again
     /// is recognised by it.
     Chat(ChatNo),
-    /// Whom a chat was with, and that its addresses lead to it.
-    Contact(ChatNo, Contact),
+    /// Whom a chat was with, and that these addresses lead to it: every one, also those its contact is not known by
+    /// any more.
+    Contact(ChatNo, Vec<AliasHash>),
     /// An event.
     Event(EventSeq),
     /// What an event tells; it keeps its place.

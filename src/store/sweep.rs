@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::error::StoreError;
 use super::key::Tag;
-use super::number_store::{NumberStore, Order};
+use super::number_store::{NumberStore, Order, SCAN_ROWS_MAX};
 use super::records::{decode, encode, pair_key, time_key, word};
 use super::unit::Unit;
-use crate::domain::change::{IdempotencyKey, SeenHash};
+use crate::domain::change::{AliasHash, IdempotencyKey, SeenHash};
 use crate::domain::delivery::{Course, DEAD_LETTERS_MAX, DeliveryRow};
 use crate::domain::endpoint::DeliverySeq;
 use crate::domain::event::{Event, EventBody};
@@ -152,8 +152,31 @@ impl NumberStore {
     /// Nothing to remove when they have written again since.
     async fn erased_contact(&self, erasure: Erasure) -> Result<Found, StoreError> {
         let left = self.keys(Tag::ChatMessage, &erasure.chat.0.to_be_bytes(), None, Order::Ascending, (0, 1)).await?;
-        let contact = self.contact(erasure.chat).await?.filter(|_| left.is_empty());
-        Ok(gone(contact.map(|contact| Removal::Contact(erasure.chat, contact)).into_iter().collect(), None))
+        if !left.is_empty() {
+            return Ok(gone(Vec::new(), None));
+        }
+        let aliases = self.aliases(erasure.chat).await?;
+        let known = !aliases.is_empty() || self.contact(erasure.chat).await?.is_some();
+        Ok(gone(known.then_some(Removal::Contact(erasure.chat, aliases)).into_iter().collect(), None))
+    }
+
+    /// Every address that leads to a chat. Read through all of them: it is done for one contact that is erased, and its
+    /// record may know fewer.
+    async fn aliases(&self, chat: ChatNo) -> Result<Vec<AliasHash>, StoreError> {
+        let mut found = Vec::new();
+        let mut from: Option<Vec<u8>> = None;
+        loop {
+            let page = self.scan(Tag::ChatAlias, &[], from.as_deref(), Order::Ascending, SCAN_ROWS_MAX).await?;
+            let of_chat = page.iter().filter(|(_, value)| *value == chat.0.to_be_bytes());
+            let hashes = of_chat.map(|(key, _)| key.as_slice().try_into().map(AliasHash));
+            for hash in hashes {
+                found.push(hash.map_err(|_| StoreError::Corrupt("alias".to_owned()))?);
+            }
+            from = page.last().map(|(key, _)| key.clone());
+            if page.len() < SCAN_ROWS_MAX {
+                return Ok(found);
+            }
+        }
     }
 
     async fn history_after(&self, after: MessageSeq, limit: usize) -> Result<Vec<MessageRecord>, StoreError> {
@@ -409,9 +432,9 @@ impl NumberStore {
             Removal::Chat(chat) => {
                 unit.delete(Tag::Chat, chat.0.to_be_bytes());
             }
-            Removal::Contact(chat, contact) => {
-                for address in contact.addresses() {
-                    unit.delete(Tag::ChatAlias, self.hashed("chat", address.as_bytes()));
+            Removal::Contact(chat, aliases) => {
+                for alias in aliases {
+                    unit.delete(Tag::ChatAlias, alias.0);
                 }
                 unit.delete(Tag::Chat, chat.0.to_be_bytes()).delete(Tag::ChatHeard, chat.0.to_be_bytes());
             }

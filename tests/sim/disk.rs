@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
-use switchboard::domain::change::{Change, Counters, IdempotencyKey, IdempotencyRecord, SeenHash, SeenKey};
+use switchboard::domain::change::{AliasHash, Change, Counters, IdempotencyKey, IdempotencyRecord, SeenHash, SeenKey};
 use switchboard::domain::delivery::{DeadLetter, DeliveryRow, StoredEndpoint};
 use switchboard::domain::endpoint::{DeliverySeq, Endpoint, EndpointState};
 use switchboard::domain::event::{Event, EventBody};
@@ -163,10 +163,8 @@ impl Records {
                 }
             }
             Removal::Chat(chat) => drop(self.chats.remove(chat)),
-            Removal::Contact(chat, contact) => {
-                for address in contact.addresses() {
-                    self.aliases.remove(&address);
-                }
+            Removal::Contact(chat, aliases) => {
+                self.aliases.retain(|address, _| !aliases.contains(&alias_hash(address)));
                 self.chats.remove(chat);
                 self.heard.remove(chat);
             }
@@ -199,10 +197,9 @@ impl Records {
                 }
             }
             Removal::Chat(chat) => back(&mut self.chats, &other.chats, chat),
-            Removal::Contact(chat, contact) => {
-                for address in contact.addresses() {
-                    back(&mut self.aliases, &other.aliases, &address);
-                }
+            Removal::Contact(chat, aliases) => {
+                let removed = other.aliases.iter().filter(|(address, _)| aliases.contains(&alias_hash(address)));
+                self.aliases.extend(removed.map(|(address, chat)| (address.clone(), *chat)));
                 back(&mut self.chats, &other.chats, chat);
                 if other.heard.contains(chat) {
                     self.heard.insert(*chat);
@@ -220,6 +217,14 @@ impl Records {
 
     pub(crate) fn chat_of(&self, contact: &Contact) -> Option<ChatNo> {
         contact.addresses().iter().find_map(|address| self.aliases.get(address).copied())
+    }
+
+    /// Every address that leads to a chat.
+    pub(crate) fn aliases_of(&self, chat: ChatNo) -> Vec<AliasHash> {
+        let of_chat = self.aliases.iter().filter(|(_, known)| **known == chat);
+        let mut hashes: Vec<_> = of_chat.map(|(address, _)| alias_hash(address)).collect();
+        hashes.sort();
+        hashes
     }
 
     pub(crate) fn standing(&self, chat: Option<ChatNo>) -> Standing {
@@ -263,10 +268,18 @@ impl Records {
 }
 
 /// Stands for the store's keyed hash.
-pub(crate) fn seen_hash(key: &SeenKey) -> SeenHash {
+fn hash(of: &impl std::hash::Hash) -> [u8; 16] {
     let mut hasher = std::hash::DefaultHasher::new();
-    std::hash::Hash::hash(key, &mut hasher);
-    SeenHash(u128::from(std::hash::Hasher::finish(&hasher)).to_be_bytes())
+    of.hash(&mut hasher);
+    u128::from(std::hash::Hasher::finish(&hasher)).to_be_bytes()
+}
+
+pub(crate) fn seen_hash(key: &SeenKey) -> SeenHash {
+    SeenHash(hash(key))
+}
+
+pub(crate) fn alias_hash(address: &str) -> AliasHash {
+    AliasHash(hash(&address))
 }
 
 fn back<K: Clone + Eq + std::hash::Hash, V: Clone>(map: &mut HashMap<K, V>, other: &HashMap<K, V>, key: &K) {

@@ -345,9 +345,11 @@ impl Promises {
                 let left = before.messages.values().find(|record| record.chat == *chat && !gone(&record.seq));
                 assert!(left.is_none(), "{chat:?} goes and has messages");
             }
-            Removal::Contact(chat, contact) => {
+            Removal::Contact(chat, aliases) => {
                 assert!(self.erasures.iter().any(|erasure| erasure.chat == *chat), "{chat:?} goes and nobody asked");
-                let person = people::person(contact);
+                assert_eq!(before.aliases_of(*chat), *aliases, "an address of somebody erased still leads to {chat:?}");
+                let person = self.chats.iter().find(|(_, known)| *known == chat).map(|(person, _)| *person);
+                let Some(person) = person else { panic!("{chat:?} goes twice") };
                 self.chats.remove(&person);
                 self.forgotten_people.insert(person);
                 // Whatever comes again after this is new.

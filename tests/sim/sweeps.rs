@@ -57,8 +57,9 @@ impl Records {
             }
             Sweep::ErasedContact(erasure) => {
                 let left = self.messages.values().any(|record| record.chat == erasure.chat);
-                let contact = self.chats.get(&erasure.chat).filter(|_| !left).cloned();
-                let removal = contact.map(|contact| Removal::Contact(erasure.chat, contact));
+                let aliases = self.aliases_of(erasure.chat);
+                let known = !aliases.is_empty() || self.chats.contains_key(&erasure.chat);
+                let removal = (known && !left).then_some(Removal::Contact(erasure.chat, aliases));
                 gone(removal.into_iter().collect(), None)
             }
             Sweep::Messages { after, through, before } => {

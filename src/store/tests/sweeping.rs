@@ -8,8 +8,8 @@ use crate::domain::event::{Event, EventBody};
 use crate::domain::id::{ChatNo, EventId, EventSeq, MessageSeq};
 use crate::domain::message::{Content, Direction, MessageRecord, Progress};
 use crate::domain::number::{Commit, Ticket};
-use crate::domain::phone::{Contact, Phone};
-use crate::domain::retention::{Removal, SWEEP_ROWS, Sweep};
+use crate::domain::phone::{Contact, Lid, Phone};
+use crate::domain::retention::{Erasure, Removal, SWEEP_ROWS, Sweep};
 use crate::domain::time::Timestamp;
 use crate::store::key::Tag;
 use crate::store::number_store::{NumberStore, Order};
@@ -122,6 +122,24 @@ async fn history_goes_with_its_index_its_progress_and_chats_that_are_left_empty(
         (None, Some(contact(3)))
     );
     assert_eq!(number.chat_of(&contact(1)).await.unwrap(), Some(ChatNo(1)), "what comes again is recognised by it");
+}
+
+#[tokio::test]
+async fn nothing_leads_to_an_erased_contact_by_any_of_its_addresses() {
+    let home = Home::new("sweep-contact");
+    let store = home.open();
+    let number = claim(&store, 1).await;
+    let phone = Contact::of_phone(Phone::parse("5511900000001").unwrap());
+    let both = Contact { lid: Some(Lid("77".into())), ..phone.clone() };
+    let other = Contact::of_phone(Phone::parse("5511900000002").unwrap());
+    // The last time it was known by one address only.
+    let known = [(1, both.clone()), (2, other.clone()), (1, phone)];
+    write(&number, known.map(|(chat, contact)| Change::Chat(ChatNo(chat), contact)).to_vec()).await;
+    let erasure = Erasure { chat: ChatNo(1), through: MessageSeq(1), events_through: EventSeq(0) };
+    sweep(&number, Sweep::ErasedContact(erasure)).await;
+    assert_eq!((number.chat_of(&both).await.unwrap(), number.contact(ChatNo(1)).await.unwrap()), (None, None));
+    assert_eq!(number.chat_of(&other).await.unwrap(), Some(ChatNo(2)));
+    assert_eq!(sweep(&number, Sweep::ErasedContact(erasure)).await, [0], "nothing left to find");
 }
 
 #[tokio::test]
