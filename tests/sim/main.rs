@@ -1,7 +1,8 @@
 //! The pure core in a simulated world: one number, its disk, WhatsApp, callers and webhook endpoints, in virtual time
 //! and from one seed. Storms of faults with crashes at any point, then a calm in which every promise must be kept.
 //!
-//! `SIM_SEED=n` runs one seed and prints its last steps, `SIM_SEEDS=n` runs more of them, `SIM_BASE=n` others.
+//! `SIM_SEED=n` runs one seed and prints its last steps (`SIM_STEPS=n` of them), `SIM_SEEDS=n` runs more of them,
+//! `SIM_BASE=n` others.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a broken promise ends the test")]
 
@@ -27,7 +28,7 @@ use world::{Figures, World};
 /// Where the seeds start when nobody says otherwise.
 const BASE: u64 = 20_261_122_000_000;
 /// Worlds of one run.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 250;
 /// Inputs that one run must at least come to.
 const INPUTS_MIN: u64 = 1_000_000;
 

@@ -27,8 +27,8 @@ use super::wire::{FromSession, Session, Whatsapp, Wire};
 
 pub(crate) const NUMBER: NumberId = NumberId(7);
 const START: u64 = 1_700_000_000_000;
-/// Steps that are shown when a promise breaks.
-const STEPS_SHOWN: usize = 60;
+/// Steps that are shown when a promise breaks and `SIM_STEPS` does not say otherwise.
+const STEPS_SHOWN: u64 = 60;
 /// Useless ticks in one second of virtual time, beyond those that other inputs explain.
 const IDLE_TICKS_MAX: u64 = 20;
 
@@ -169,6 +169,7 @@ pub(crate) struct World {
     pub(crate) figures: Figures,
     /// The last steps, if anybody wants to see them.
     pub(crate) trace: Option<VecDeque<String>>,
+    steps_shown: u64,
 }
 
 impl World {
@@ -205,6 +206,7 @@ impl World {
             second: Second::default(),
             figures: Figures::default(),
             trace: traced.then(VecDeque::new),
+            steps_shown: super::setting("SIM_STEPS").unwrap_or(STEPS_SHOWN),
         };
         world.promises.retention_set(world.plan.rules.retention, Timestamp(START));
         world.outside(0, Happens::Boots);
@@ -239,7 +241,7 @@ impl World {
 
     pub(crate) fn note(&mut self, line: impl FnOnce() -> String) {
         if let Some(trace) = &mut self.trace {
-            if trace.len() >= STEPS_SHOWN {
+            if trace.len() as u64 >= self.steps_shown {
                 trace.pop_front();
             }
             trace.push_back(format!("{:>12} {}", self.now - START, line()));
