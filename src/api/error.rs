@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::number::message::{EndpointRefused, EraseRefused, SendRefused};
+use crate::number::message::{EndpointRefused, EraseRefused, SendRefused, Unserved};
 use crate::store::error::StoreError;
 use crate::supervisor::fleet::FleetError;
 
@@ -254,15 +254,23 @@ const RETRY_LATER: Duration = Duration::from_secs(30);
 /// Wait suggested while the disk does not work: that is how often it is looked at.
 const RETRY_DISK: Duration = Duration::from_secs(10);
 
+impl From<Unserved> for ApiError {
+    fn from(unserved: Unserved) -> Self {
+        match unserved {
+            Unserved::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
+            Unserved::DiskFull => Self::from(Reason::DiskFull).retry_after(RETRY_DISK),
+            Unserved::StoreFailed => Self::from(Reason::StoreFailed).retry_after(RETRY_DISK),
+        }
+    }
+}
+
 impl From<SendRefused> for ApiError {
     fn from(refused: SendRefused) -> Self {
         match refused {
-            SendRefused::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
+            SendRefused::Unserved(unserved) => unserved.into(),
             SendRefused::Busy => Self::from(Reason::NumberBusy).retry_after(RETRY_SOON),
             SendRefused::QueueFull => Self::from(Reason::QueueFull).retry_after(RETRY_LATER),
             SendRefused::Draining => Self::from(Reason::Draining).retry_after(RETRY_SOON),
-            SendRefused::DiskFull => Self::from(Reason::DiskFull).retry_after(RETRY_DISK),
-            SendRefused::StoreFailed => Self::from(Reason::StoreFailed).retry_after(RETRY_DISK),
             SendRefused::RequestIdReused => Reason::RequestIdReused.into(),
         }
     }
@@ -271,7 +279,7 @@ impl From<SendRefused> for ApiError {
 impl From<EndpointRefused> for ApiError {
     fn from(refused: EndpointRefused) -> Self {
         match refused {
-            EndpointRefused::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
+            EndpointRefused::Unserved(unserved) => unserved.into(),
             EndpointRefused::NotFound => Reason::WebhookNotFound.into(),
             EndpointRefused::TooMany => Reason::WebhookLimitExceeded.into(),
             EndpointRefused::ReplayBusy => Self::from(Reason::ReplayBusy).retry_after(RETRY_LATER),
@@ -282,7 +290,7 @@ impl From<EndpointRefused> for ApiError {
 impl From<EraseRefused> for ApiError {
     fn from(refused: EraseRefused) -> Self {
         match refused {
-            EraseRefused::NotReady => Self::from(Reason::NumberUnavailable).retry_after(RETRY_SOON),
+            EraseRefused::Unserved(unserved) => unserved.into(),
             EraseRefused::InFlight => Self::from(Reason::ContactBusy).retry_after(RETRY_SOON),
             EraseRefused::TooMany => Self::from(Reason::NumberBusy).retry_after(RETRY_LATER),
         }

@@ -202,7 +202,7 @@ impl EventStream {
         if self.position >= durable {
             return Ok(false);
         }
-        let Some(store) = self.handle.store() else {
+        let Ok(store) = self.handle.store() else {
             // It restarts; its log is on disk and comes back with it.
             tokio::time::sleep(RESTART_PAUSE).await;
             return Ok(true);

@@ -77,7 +77,7 @@ impl Api {
             Err(wrong) => handle.remembered(&command).await?.ok_or(wrong)?,
         };
         metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
-        let store = handle.store().ok_or(Reason::NumberUnavailable)?;
+        let store = handle.store()?;
         if let Some(message) = store.message(accepted.seq).await? {
             return Cards::new(record.id, store).card(message).await;
         }

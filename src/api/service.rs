@@ -137,7 +137,7 @@ impl Api {
     }
 
     pub(super) fn store_of(&self, id: NumberId) -> Result<NumberStore, ApiError> {
-        Ok(self.handle_of(id)?.store().ok_or(Reason::NumberUnavailable)?)
+        Ok(self.handle_of(id)?.store()?)
     }
 
     /// A reference for a message whose caller gave none.

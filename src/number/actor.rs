@@ -12,7 +12,7 @@ use super::environment::Environment;
 use super::handle::{Live, NumberHandle, Pairing};
 use super::message::{
     Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, StoreLost,
-    Waiter,
+    Unserved, Waiter,
 };
 use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
@@ -157,7 +157,7 @@ impl Actor for NumberActor {
             }
             NumberMessage::Send { request, reply, permit } => {
                 if state.loaded.is_none() {
-                    let _ = reply.send(Err(SendRefused::NotReady));
+                    let _ = reply.send(Err(Unserved::NotReady.into()));
                 } else {
                     let id = state.wait(Waiter::Send(reply, permit));
                     state.step(Input::Send(request, id), &myself);
@@ -323,7 +323,7 @@ impl NumberState {
         let lost = StoreLost(error);
         for (_, waiter) in self.waiters.drain() {
             if let Waiter::Send(reply, _permit) = waiter {
-                let _ = reply.send(Err(SendRefused::from(&lost)));
+                let _ = reply.send(Err(Unserved::from(&lost.0).into()));
             }
         }
         lost.into()
@@ -337,7 +337,7 @@ impl NumberState {
             }
             Some(_) => Err(SendRefused::RequestIdReused),
             // It expired between the check and the look: the caller may ask again.
-            None => Err(SendRefused::NotReady),
+            None => Err(Unserved::NotReady.into()),
         };
         let _ = answer.send(outcome);
     }

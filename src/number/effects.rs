@@ -6,7 +6,8 @@ use super::actor::{Connection, Loaded, NumberState};
 use super::crossing::Crossing;
 use super::deliver::DeliveryTask;
 use super::message::{
-    Accepted, ConnectionNo, EndpointRefused, EraseRefused, FromSession, Inner, NumberMessage, SendRefused, Waiter,
+    Accepted, ConnectionNo, EndpointRefused, EraseRefused, FromSession, Inner, NumberMessage, SendRefused, Unserved,
+    Waiter,
 };
 use super::session_pump::SessionPump;
 use crate::domain::close::CloseReason;
@@ -185,7 +186,7 @@ impl NumberState {
                     }
                     Reply::QueueFull => Err(SendRefused::QueueFull),
                     Reply::Draining => Err(SendRefused::Draining),
-                    _ => Err(SendRefused::NotReady),
+                    _ => Err(Unserved::NotReady.into()),
                 };
                 failpoint::reach(Failpoint::AcceptBeforeReply);
                 let _ = to.send(outcome);
@@ -206,7 +207,7 @@ impl NumberState {
                     Reply::EraseBegun => Ok(()),
                     Reply::ContactBusy => Err(EraseRefused::InFlight),
                     Reply::QueueFull => Err(EraseRefused::TooMany),
-                    _ => Err(EraseRefused::NotReady),
+                    _ => Err(Unserved::NotReady.into()),
                 });
             }
             (None, _) => {}

@@ -9,7 +9,9 @@ use ractor::ActorRef;
 use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 
-use super::message::{Accepted, Control, EndpointRefused, EraseRefused, NumberMessage, SendRefused, StoreLost};
+use super::message::{
+    Accepted, Control, EndpointRefused, EraseRefused, NumberMessage, SendRefused, StoreLost, Unserved,
+};
 use crate::domain::endpoint::Endpoint;
 use crate::domain::id::{EventSeq, MessageSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
@@ -100,6 +102,13 @@ pub enum Erased {
 pub struct Live {
     pub(crate) actor: ActorRef<NumberMessage>,
     pub(crate) store: NumberStore,
+}
+
+impl Live {
+    /// Why it did not answer: its disk, or else it ended.
+    fn unserved(&self) -> Unserved {
+        self.store.failure().map_or(Unserved::NotReady, |error| Unserved::from(&error))
+    }
 }
 
 /// What a caller wants to send.
@@ -231,10 +240,19 @@ impl NumberHandle {
         self.events.subscribe()
     }
 
-    /// Its records, for reading; none while it starts.
-    #[must_use]
-    pub fn store(&self) -> Option<NumberStore> {
-        self.live.borrow().as_ref().map(|live| live.store.clone())
+    /// Its records, for reading.
+    ///
+    /// # Errors
+    /// Why they cannot be read now.
+    pub fn store(&self) -> Result<NumberStore, Unserved> {
+        let live = self.live.borrow();
+        let store = live.as_ref().map(|live| live.store.clone());
+        store.ok_or_else(|| self.why_lost().unwrap_or(Unserved::NotReady))
+    }
+
+    fn why_lost(&self) -> Option<Unserved> {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.as_ref().map(|lost| Unserved::from(&lost.0))
     }
 
     /// The one slot a socket of this number needs.
@@ -300,44 +318,43 @@ impl NumberHandle {
         Duration::from_millis(self.answered_at_millis.load(Ordering::Relaxed))
     }
 
-    /// The running incarnation; while it starts or restarts, waits for it a little.
-    async fn live(&self) -> Option<Arc<Live>> {
+    /// The running incarnation. While it starts or restarts, waits for it a little; not while it waits for its volume.
+    async fn live(&self) -> Result<Arc<Live>, Unserved> {
+        if let Some(unserved) = self.why_lost() {
+            return Err(unserved);
+        }
         let mut incarnations = self.live.subscribe();
         if let Some(live) = incarnations.borrow_and_update().clone() {
-            return Some(live);
+            return Ok(live);
         }
         if self.view.borrow().state == State::Quarantined {
-            return None;
+            return Err(Unserved::NotReady);
         }
         let started = incarnations.wait_for(Option::is_some);
-        tokio::time::timeout(START_PATIENCE, started).await.ok()?.ok()?.clone()
-    }
-
-    async fn live_or_reason(&self) -> Result<Arc<Live>, SendRefused> {
-        if let Some(lost) = &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
-            return Err(lost.into());
+        match tokio::time::timeout(START_PATIENCE, started).await {
+            Ok(Ok(live)) => live.clone().ok_or(Unserved::NotReady),
+            _ => Err(self.why_lost().unwrap_or(Unserved::NotReady)),
         }
-        self.live().await.ok_or(SendRefused::NotReady)
     }
 
     /// Accepts a send: durable when this returns `Ok`. Cancelling the call does not undo it.
     ///
     /// # Errors
-    /// See [`SendRefused`]; nothing was kept then, except possibly after `NotReady`, `DiskFull` or `StoreFailed`: the
+    /// See [`SendRefused`]; nothing was kept then, except possibly after `Unserved`: the
     /// number, or its disk, went down during the call. Asking again with the same request id is always safe.
     pub async fn send(&self, command: SendCommand, random: &Random) -> Result<Accepted, SendRefused> {
         let permit = self.calls.clone().try_acquire_owned().map_err(|_| SendRefused::Busy)?;
-        let live = self.live_or_reason().await?;
+        let live = self.live().await?;
         if !live.store.has_room() {
-            return Err(SendRefused::DiskFull);
+            return Err(Unserved::DiskFull.into());
         }
-        let chat = live.store.chat_of(&command.to).await.map_err(|error| SendRefused::from(&StoreLost(error)))?;
+        let chat = live.store.chat_of(&command.to).await.map_err(|error| Unserved::from(&error))?;
         let idempotency = command.request_id.as_ref().map(|request_id| {
             let key = live.store.idempotency_key(&command.scope, request_id);
             (key, body_digest(&command))
         });
         let standing = match chat {
-            Some(chat) => live.store.standing(chat).await.map_err(|_| SendRefused::NotReady)?,
+            Some(chat) => live.store.standing(chat).await.map_err(|error| Unserved::from(&error))?,
             None => Standing::New,
         };
         let request = SendRequest {
@@ -354,19 +371,19 @@ impl NumberHandle {
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::Send { request: Box::new(request), reply, permit };
         failpoint::reach(Failpoint::AcceptAsked);
-        live.actor.cast(message).map_err(|_| SendRefused::NotReady)?;
-        answer.await.unwrap_or(Err(SendRefused::NotReady))
+        live.actor.cast(message).map_err(|_| live.unserved())?;
+        answer.await.unwrap_or_else(|_| Err(live.unserved().into()))
     }
 
     /// What a request was answered before, if its request id is remembered.
     ///
     /// # Errors
-    /// `RequestIdReused` when it asked for something else.
+    /// `RequestIdReused` when it asked for something else, `Unserved` when its records cannot be read.
     pub async fn remembered(&self, command: &SendCommand) -> Result<Option<Accepted>, SendRefused> {
         let Some(request_id) = &command.request_id else { return Ok(None) };
-        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let live = self.live().await?;
         let key = live.store.idempotency_key(&command.scope, request_id);
-        let record = live.store.idempotency(key).await.map_err(|_| SendRefused::NotReady)?;
+        let record = live.store.idempotency(key).await.map_err(|error| Unserved::from(&error))?;
         match record {
             Some(record) if record.body != body_digest(command) => Err(SendRefused::RequestIdReused),
             Some(record) => Ok(Some(Accepted { seq: record.seq, created_at: record.created_at, predicted_wait: None })),
@@ -377,33 +394,33 @@ impl NumberHandle {
     /// Withdraws messages: durable when this returns `Ok`. What became of each, in the order asked.
     ///
     /// # Errors
-    /// `NotReady` while the number starts, or when it went down during the call; asking again is always safe.
+    /// `Unserved` also when the number, or its disk, went down during the call; asking again is always safe.
     pub async fn cancel(&self, seqs: &[MessageSeq]) -> Result<Vec<(MessageSeq, CancelOutcome)>, SendRefused> {
         let _permit = self.calls.clone().try_acquire_owned().map_err(|_| SendRefused::Busy)?;
-        let live = self.live().await.ok_or(SendRefused::NotReady)?;
+        let live = self.live().await?;
         let mut targets = Vec::with_capacity(seqs.len());
         for seq in seqs {
-            let record = live.store.message(*seq).await.map_err(|_| SendRefused::NotReady)?;
+            let record = live.store.message(*seq).await.map_err(|error| Unserved::from(&error))?;
             let stored = match record.filter(|record| record.direction == Direction::Outbound) {
-                Some(_) => Some(live.store.progress(*seq).await.map_err(|_| SendRefused::NotReady)?),
+                Some(_) => Some(live.store.progress(*seq).await.map_err(|error| Unserved::from(&error))?),
                 None => None,
             };
             targets.push(CancelTarget { seq: *seq, stored });
         }
         let (reply, answer) = oneshot::channel();
-        live.actor.cast(NumberMessage::Cancel(targets, reply)).map_err(|_| SendRefused::NotReady)?;
-        answer.await.map_err(|_| SendRefused::NotReady)
+        live.actor.cast(NumberMessage::Cancel(targets, reply)).map_err(|_| live.unserved())?;
+        Ok(answer.await.map_err(|_| live.unserved())?)
     }
 
     /// Gives an order. Its outcome shows in the view.
     ///
     /// # Errors
-    /// `NotReady` while the number starts.
-    pub async fn control(&self, control: Control) -> Result<(), SendRefused> {
-        let live = self.live_or_reason().await?;
+    /// See [`Unserved`].
+    pub async fn control(&self, control: Control) -> Result<(), Unserved> {
+        let live = self.live().await?;
         let (reply, answer) = oneshot::channel();
-        live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| SendRefused::NotReady)?;
-        answer.await.map_err(|_| SendRefused::NotReady)
+        live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| live.unserved())?;
+        answer.await.map_err(|_| live.unserved())
     }
 
     /// Erases a contact: its history, its chat and what events tell of it. Durable as an order when this returns; gives
@@ -412,12 +429,12 @@ impl NumberHandle {
     /// # Errors
     /// See [`EraseRefused`].
     pub async fn erase(&self, contact: &Contact) -> Result<Erased, EraseRefused> {
-        let live = self.live().await.ok_or(EraseRefused::NotReady)?;
-        let unread = |_| EraseRefused::NotReady;
+        let live = self.live().await?;
+        let unread = |error| Unserved::from(&error);
         let Some(chat) = live.store.chat_of(contact).await.map_err(unread)? else { return Ok(Erased::Entirely) };
         let (reply, answer) = oneshot::channel();
-        live.actor.cast(NumberMessage::Erase(chat, reply)).map_err(|_| EraseRefused::NotReady)?;
-        answer.await.unwrap_or(Err(EraseRefused::NotReady))?;
+        live.actor.cast(NumberMessage::Erase(chat, reply)).map_err(|_| live.unserved())?;
+        answer.await.unwrap_or_else(|_| Err(live.unserved().into()))?;
         for _ in 0..ERASE_LOOKS {
             if !live.store.is_being_erased(chat).await.map_err(unread)? {
                 return Ok(Erased::Entirely);
@@ -439,11 +456,11 @@ impl NumberHandle {
     /// # Errors
     /// See [`EndpointRefused`].
     pub async fn add_endpoint(&self, endpoint: Endpoint) -> Result<Endpoint, EndpointRefused> {
-        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
+        let live = self.live().await?;
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::AddEndpoint(Box::new(endpoint), reply);
-        live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
-        answer.await.unwrap_or(Err(EndpointRefused::NotReady))
+        live.actor.cast(message).map_err(|_| live.unserved())?;
+        answer.await.unwrap_or_else(|_| Err(live.unserved().into()))
     }
 
     /// Removes a webhook endpoint and what is queued for it.
@@ -451,11 +468,11 @@ impl NumberHandle {
     /// # Errors
     /// See [`EndpointRefused`].
     pub async fn remove_endpoint(&self, ordinal: u32) -> Result<(), EndpointRefused> {
-        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
+        let live = self.live().await?;
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::RemoveEndpoint(ordinal, reply);
-        live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
-        answer.await.unwrap_or(Err(EndpointRefused::NotReady))
+        live.actor.cast(message).map_err(|_| live.unserved())?;
+        answer.await.unwrap_or_else(|_| Err(live.unserved().into()))
     }
 
     /// Changes a webhook endpoint, or sends something to it again. Durable when this returns.
@@ -463,11 +480,11 @@ impl NumberHandle {
     /// # Errors
     /// See [`EndpointRefused`].
     pub async fn change_endpoint(&self, ordinal: u32, order: EndpointOrder) -> Result<Endpoint, EndpointRefused> {
-        let live = self.live().await.ok_or(EndpointRefused::NotReady)?;
+        let live = self.live().await?;
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::ChangeEndpoint(ordinal, order, reply);
-        live.actor.cast(message).map_err(|_| EndpointRefused::NotReady)?;
-        answer.await.unwrap_or(Err(EndpointRefused::NotReady))
+        live.actor.cast(message).map_err(|_| live.unserved())?;
+        answer.await.unwrap_or_else(|_| Err(live.unserved().into()))
     }
 
     /// Makes the actor panic: for tests of the supervisor.

@@ -51,12 +51,35 @@ pub struct Accepted {
     pub predicted_wait: Option<Duration>,
 }
 
+/// Why a number serves nobody at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unserved {
+    /// It is starting, restarting or quarantined.
+    #[error("the number is not served at this moment")]
+    NotReady,
+    /// There is no room on the disk, or too little to begin something new.
+    #[error("the disk is full")]
+    DiskFull,
+    /// The number's volume is quarantined.
+    #[error("the store is not available")]
+    StoreFailed,
+}
+
+impl From<&StoreError> for Unserved {
+    fn from(error: &StoreError) -> Self {
+        match error {
+            StoreError::DiskFull => Self::DiskFull,
+            _ => Self::StoreFailed,
+        }
+    }
+}
+
 /// Why a send was not accepted. Nothing of it is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SendRefused {
-    /// The number is starting, restarting or quarantined.
-    #[error("the number is not served at this moment")]
-    NotReady,
+    /// The number serves nobody.
+    #[error(transparent)]
+    Unserved(#[from] Unserved),
     /// Too many calls at once for this number.
     #[error("too many calls at once for this number")]
     Busy,
@@ -69,21 +92,6 @@ pub enum SendRefused {
     /// The request id was used for something else.
     #[error("the request id was used before for another request")]
     RequestIdReused,
-    /// There is no room on the disk, or too little to begin something new.
-    #[error("the disk is full")]
-    DiskFull,
-    /// The number's volume is quarantined.
-    #[error("the store is not available")]
-    StoreFailed,
-}
-
-impl From<&StoreLost> for SendRefused {
-    fn from(lost: &StoreLost) -> Self {
-        match lost.0 {
-            StoreError::DiskFull => Self::DiskFull,
-            _ => Self::StoreFailed,
-        }
-    }
 }
 
 /// The number's own store failed. The actor ends, which is not a crash of the number's: its successor reads everything
@@ -106,9 +114,9 @@ impl StoreLost {
 /// Why a change of endpoints was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EndpointRefused {
-    /// The number is starting, restarting or quarantined.
-    #[error("the number is not served at this moment")]
-    NotReady,
+    /// The number serves nobody.
+    #[error(transparent)]
+    Unserved(#[from] Unserved),
     /// No such endpoint.
     #[error("no such webhook")]
     NotFound,
@@ -123,9 +131,9 @@ pub enum EndpointRefused {
 /// Why a contact is not erased now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EraseRefused {
-    /// The number is starting, restarting or quarantined.
-    #[error("the number is not served at this moment")]
-    NotReady,
+    /// The number serves nobody.
+    #[error(transparent)]
+    Unserved(#[from] Unserved),
     /// A message to the contact may just be leaving.
     #[error("a message to the contact is in flight")]
     InFlight,

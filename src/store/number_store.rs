@@ -99,6 +99,12 @@ impl NumberStore {
         self.inner.poisoned.load(Ordering::Acquire) || self.inner.db.failure().is_some()
     }
 
+    /// Why its volume is quarantined, if it is.
+    #[must_use]
+    pub fn failure(&self) -> Option<StoreError> {
+        self.inner.db.failure().map(|failure| failure.error.clone())
+    }
+
     /// Whether the disk has room for new sends.
     #[must_use]
     pub fn has_room(&self) -> bool {
