@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::Duration;
 
 use super::disk::{Disk, LOG_FILE, Log, refused, sled_refused};
 use super::error::StoreError;
@@ -10,14 +11,29 @@ use super::error::StoreError;
 /// sled's file cannot be larger than this per record without side files; see `chunk`.
 const SEGMENT_BYTES: usize = 2 * 1024 * 1024;
 
+/// Between two runs of sled's flusher, which is the only caller of its segment clean-up, and cleans one segment a run. A
+/// run also syncs the log, so an idle Db should see few of them.
+const CLEAN_EVERY: Duration = Duration::from_millis(500);
+/// A log that has grown needs them more often: where lives are short, or writing is heavy, sled otherwise cleans less than
+/// it writes, and the log grows without end.
+const CLEAN_EVERY_MIN: Duration = Duration::from_millis(100);
+/// From this size on the pause shrinks in proportion.
+const LEAN_LOG_BYTES: u64 = 16 * 1024 * 1024;
+
+fn clean_every(log_bytes: u64) -> Duration {
+    let shrunk = CLEAN_EVERY.mul_f64(LEAN_LOG_BYTES as f64 / log_bytes.max(LEAN_LOG_BYTES) as f64);
+    shrunk.max(CLEAN_EVERY_MIN)
+}
+
 fn config(path: &Path, cache_bytes: u64) -> sled::Config {
+    let log_bytes = fs::metadata(path.join(LOG_FILE)).map_or(0, |log| log.len());
+    let clean_every = u64::try_from(clean_every(log_bytes).as_millis()).unwrap_or(u64::MAX);
     sled::Config::new()
         .path(path)
         .segment_size(SEGMENT_BYTES)
         .cache_capacity(cache_bytes)
         .mode(sled::Mode::HighThroughput)
-        // The only caller of sled's segment clean-up is its periodic flusher.
-        .flush_every_ms(Some(500))
+        .flush_every_ms(Some(clean_every))
 }
 
 fn checkpoints(path: &Path, unfinished_only: bool) -> std::io::Result<Vec<std::path::PathBuf>> {

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod crashes;
+mod growth;
 mod home;
 mod lying_disk;
 mod sealing;
