@@ -4,9 +4,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::error::StoreError;
+use crate::telemetry::failpoint;
 
 /// Room that must be there, in one piece, before a volume is opened again after the disk was full.
 const PROBE_BYTES: usize = 4 * 1024 * 1024;
@@ -55,11 +56,14 @@ pub(super) trait Log: Send {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SystemDisk;
 
-struct SystemLog(File);
+struct SystemLog {
+    file: File,
+    dir: PathBuf,
+}
 
 impl Disk for SystemDisk {
     fn log(&self, path: &Path) -> io::Result<Box<dyn Log>> {
-        Ok(Box::new(SystemLog(File::open(path.join(LOG_FILE))?)))
+        Ok(Box::new(SystemLog { file: File::open(path.join(LOG_FILE))?, dir: path.to_owned() }))
     }
 
     fn rewrite(&self, path: &Path) -> io::Result<()> {
@@ -85,7 +89,8 @@ impl Log for SystemLog {
     }
 
     fn sync(&mut self) -> io::Result<()> {
-        self.0.sync_data()
+        failpoint::reach_sync(&self.dir)?;
+        self.file.sync_data()
     }
 }
 
@@ -94,6 +99,7 @@ fn write_probe(path: &Path, probe: &Path) -> io::Result<()> {
     let end = fs::metadata(path.join(LOG_FILE)).map_or(0, |log| log.len());
     let file = OpenOptions::new().write(true).create(true).truncate(true).open(probe)?;
     file.write_all_at(&vec![1; PROBE_BYTES], end)?;
+    failpoint::reach_sync(path)?;
     file.sync_data()
 }
 

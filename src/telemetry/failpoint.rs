@@ -1,5 +1,9 @@
 //! Named places at which a test kills the process: around every write that must be durable and before every word that
-//! leaves it. They exist only in builds with the feature `sandbox`; in any other, reaching one is nothing at all.
+//! leaves it; and a disk that fails to sync. They exist only in builds with the feature `sandbox`; in any other, reaching
+//! one is nothing at all.
+
+use std::io;
+use std::path::Path;
 
 #[cfg(feature = "sandbox")]
 pub use armed::{ArmError, arm, names};
@@ -117,6 +121,24 @@ pub fn reach(point: Failpoint) {
     armed::reach(point);
     #[cfg(not(feature = "sandbox"))]
     let _ = point;
+}
+
+/// While a file of this name lies in the directory of a Db, the disk fails to sync that Db.
+#[cfg(feature = "sandbox")]
+pub const SYNC_FAULT_FILE: &str = "sync-fails";
+
+/// A sync of the Db in `dir` is about to be asked for: fails where a test wants the disk to be broken.
+///
+/// # Errors
+/// `EIO`.
+pub fn reach_sync(dir: &Path) -> io::Result<()> {
+    #[cfg(feature = "sandbox")]
+    if dir.join(SYNC_FAULT_FILE).exists() {
+        return Err(io::Error::from_raw_os_error(5));
+    }
+    #[cfg(not(feature = "sandbox"))]
+    let _ = dir;
+    Ok(())
 }
 
 #[cfg(feature = "sandbox")]

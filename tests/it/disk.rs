@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use switchboard::api::grpc::proto::{self, NumberState};
 use switchboard::demo::client::OwnedNumber;
 use switchboard::demo::phones::{Phones, call};
+use switchboard::telemetry::failpoint::SYNC_FAULT_FILE;
 
 use crate::harness::{World, until};
 
@@ -132,6 +133,15 @@ async fn a_full_disk_is_told_and_left_behind_without_a_loss() {
         .await;
         assert_ne!(seen.state(), NumberState::Online);
     }
+    let request = proto::CreateWebhookRequest {
+        url: world.sink.url(&numbers[0].id),
+        events: vec!["*".to_owned()],
+        ..proto::CreateWebhookRequest::default()
+    };
+    let refused = numbers[0].caller.webhooks().create_webhook(request).await.unwrap_err();
+    assert_eq!(reason_of(&refused), "DISK_FULL", "not only sends say why");
+    let refused = numbers[0].caller.messages().list_messages(proto::ListMessagesRequest::default()).await.unwrap_err();
+    assert_eq!(reason_of(&refused), "DISK_FULL", "reads as well");
     until("sends are refused", async || loads.iter().all(|load| load.refused.load(Ordering::SeqCst) > 0).then_some(()))
         .await;
     write(&world.phones, &mut asked, 5).await;
@@ -181,6 +191,62 @@ async fn a_full_disk_is_told_and_left_behind_without_a_loss() {
     }
     let metrics = world.metrics().await;
     assert!(!metrics.lines().any(|line| line.starts_with("switchboard_store_open{") && line.ends_with(" 0")));
+}
+
+/// Volumes that the metrics call shut.
+async fn volumes_failed(world: &World) -> Vec<String> {
+    let metrics = world.metrics().await;
+    let shut = metrics.lines().filter(|line| line.starts_with("switchboard_store_open{") && line.ends_with(" 0"));
+    shut.filter_map(|line| line.split('"').nth(1)).map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fails_to_sync_loses_nothing_and_is_left_behind_without_a_restart() {
+    let world = World::new().await;
+    let (tenant, _, numbers) = world.tenant("disk", &SHOPS).await;
+    let loads: Vec<_> = numbers.iter().map(|number| Load::begin(number.clone())).collect();
+    let accepted = |load: &Load| load.accepted.load(Ordering::SeqCst);
+    let mut asked = 0;
+    write(&world.phones, &mut asked, 3).await;
+    until("both numbers are busy", async || loads.iter().all(|load| accepted(load) >= 10).then_some(())).await;
+
+    // The first number of a new daemon lives in the first volume, the second one elsewhere.
+    let fault = world.data().join("volume-00").join(SYNC_FAULT_FILE);
+    std::fs::write(&fault, []).unwrap();
+    let seen = until("the number says why", async || {
+        let seen = world.number(&tenant, &numbers[0].id).await;
+        (seen.reason == "STORE_FAILED").then_some(seen)
+    })
+    .await;
+    assert_ne!(seen.state(), NumberState::Online);
+    until("sends are refused", async || (loads[0].refused.load(Ordering::SeqCst) > 0).then_some(())).await;
+    until("the metrics say so", async || (volumes_failed(&world).await == ["volume-00"]).then_some(())).await;
+    let (stuck, other) = (accepted(&loads[0]), accepted(&loads[1]));
+    write(&world.phones, &mut asked, 3).await;
+    until("the other volume's number goes on", async || (accepted(&loads[1]) >= other + 20).then_some(())).await;
+    assert_eq!(world.number(&tenant, &numbers[1].id).await.state(), NumberState::Online);
+    assert_eq!(accepted(&loads[0]), stuck, "nothing is accepted meanwhile");
+
+    std::fs::remove_file(&fault).unwrap();
+    world.until_state(&tenant, &numbers[0].id, NumberState::Online).await;
+    until("it is busy again", async || (accepted(&loads[0]) >= stuck + 10).then_some(())).await;
+    write(&world.phones, &mut asked, 3).await;
+    let mut texts = Vec::new();
+    for load in loads {
+        load.stop.store(true, Ordering::SeqCst);
+        let (sent, reasons) = load.task.await.unwrap();
+        assert!(
+            reasons.iter().all(|reason| ["STORE_FAILED", "NUMBER_UNAVAILABLE"].contains(&reason.as_str())),
+            "{reasons:?}"
+        );
+        texts.extend(sent);
+    }
+    settled(&world, &numbers, &texts, asked).await;
+    for number in &numbers {
+        let restarts = world.metric("switchboard_number_restarts_total", &number.id).await;
+        assert!(restarts == 0.0, "a broken disk is no crash: {restarts}");
+    }
+    assert_eq!(volumes_failed(&world).await, Vec::<String>::new());
 }
 
 #[tokio::test(flavor = "multi_thread")]
