@@ -97,6 +97,14 @@ impl Phones {
         self.post(&format!("/admin/mock-phone/read?phone={phone}&peer={peer}"), "").await.map(drop)
     }
 
+    /// A phone loses its keys: it asks again for what is sent to it next.
+    ///
+    /// # Errors
+    /// When the sandbox refuses.
+    pub async fn forget_sessions(&self, phone: &str) -> Result<(), CallError> {
+        self.post(&format!("/admin/mock-phone/forget-sessions?phone={phone}"), "").await.map(drop)
+    }
+
     /// What a person sees: JSON objects, oldest first.
     ///
     /// # Errors

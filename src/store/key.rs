@@ -33,6 +33,8 @@ pub enum Tag {
     SentMessage = 0x09,
     /// Inbound messages between decryption and the durability hook.
     PendingInbound = 0x0a,
+    /// Sent messages that a device asked for again and has not confirmed: h(device, id).
+    AskedAgain = 0x0c,
     /// Secrets of messages (polls, edits).
     MessageSecret = 0x0b,
     /// History rows by sequence.

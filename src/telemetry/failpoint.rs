@@ -74,6 +74,12 @@ points! {
     InboundAfterDurable "inbound-after-durable",
     /// The library is about to be told, and will then acknowledge.
     InboundBeforeReturn "inbound-before-return",
+    /// A device asks for a message again; nothing of it is written.
+    RepeatAsked "repeat-asked",
+    /// That is on disk; the message is not on the wire yet.
+    RepeatNoted "repeat-noted",
+    /// A later life is about to send the message again.
+    RepeatBeforeWire "repeat-before-wire",
     /// The buffered copies of acknowledged messages are about to go.
     PendingGone "pending-gone",
     /// A webhook is about to be posted.

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use switchboard::telemetry::failpoint;
+use switchboard::telemetry::failpoint::{self, Failpoint};
 use tokio::time::sleep;
 
 use crate::load::{Load, Pace, setting};
 use crate::process::Daemon;
 use crate::verdict::{Verdict, settle};
-use crate::world::{World, link, own_phone, until};
+use crate::world::{CUSTOMERS, World, customer, link, own_phone, until};
 
 /// A failpoint that is not reached within this time was not part of the load.
 const REACHED_WITHIN: Duration = Duration::from_secs(30);
@@ -74,11 +74,20 @@ impl Lives {
         self.drains += 1;
     }
 
-    /// One life that ends at `name`, reached for the `nth` time.
+    /// One life that ends at `name`, reached for the first time or a later one.
     async fn killed_at(&mut self, name: &str) {
+        if name == Failpoint::RepeatBeforeWire.name() {
+            // Reached only by a life that finds a request which nobody answered.
+            self.ended_at(Failpoint::RepeatNoted.name(), 1).await;
+        }
         let most = if name.starts_with("group") { 200 } else { 8 };
         let nth = if once_a_life(name) { 1 } else { self.random.random_range(1..=most) };
-        self.daemon.take().unwrap().kill();
+        self.ended_at(name, nth).await;
+        self.start_again(None);
+    }
+
+    async fn ended_at(&mut self, name: &str, nth: u32) {
+        drop(self.daemon.take());
         self.start_again(Some(&format!("{name}:{nth}")));
         if name.starts_with("drain") {
             self.all_online().await;
@@ -90,11 +99,21 @@ impl Lives {
             if name.starts_with("device") || name.starts_with("paired") {
                 self.link_newcomer().await;
             }
+            if name.starts_with("repeat") {
+                self.forget().await;
+            }
             sleep(Duration::from_millis(5)).await;
         }
         let status = self.daemon.as_mut().unwrap().ended().unwrap();
         assert!(status.code().is_none(), "{name}:{nth}: the daemon ended by itself: {status}");
-        self.start_again(None);
+    }
+
+    /// A customer's phone loses its keys, so that it asks for the next message again.
+    async fn forget(&mut self) {
+        let number = self.random.random_range(0..self.world.numbers.len());
+        let phone = customer(number, self.random.random_range(0..CUSTOMERS));
+        self.world.forgetful.lock().unwrap().insert(phone.clone());
+        self.world.phones.forget_sessions(&phone).await.unwrap();
     }
 
     /// A person links one more number. The daemon may die meanwhile.
@@ -109,7 +128,7 @@ impl Lives {
 
 /// Whether a life reaches the place only once.
 fn once_a_life(name: &str) -> bool {
-    name.starts_with("drain") || name.starts_with("paired") || name.starts_with("device")
+    name.starts_with("drain") || name.starts_with("repeat") || name.starts_with("paired") || name.starts_with("device")
 }
 
 struct Plan {

@@ -90,8 +90,21 @@ async fn phones(world: &World, record: &Record, verdict: &mut Verdict) {
         let shown = lines.iter().map(|line| (word(line, "id"), word(line, "text")));
         let sent = chat.sent.iter().map(|sent| (sent.whatsapp_id.clone(), sent.text.clone()));
         let what = format!("I1-I3: the phone {} shows of number {}", chat.peer, chat.number);
-        differ(&what, &sent.collect::<Vec<_>>(), &shown.collect::<Vec<_>>(), verdict);
+        let (sent, shown) = (sent.collect::<Vec<_>>(), shown.collect::<Vec<_>>());
+        // A phone that lost its keys shows what it had to ask for again behind what came meanwhile.
+        let forgot = world.forgetful.lock().unwrap().contains(&chat.peer);
+        if forgot && sent != shown && sorted(&sent) == sorted(&shown) {
+            verdict.late += 1;
+            continue;
+        }
+        differ(&what, &sent, &shown, verdict);
     }
+}
+
+fn sorted<T: Ord + Clone>(list: &[T]) -> Vec<T> {
+    let mut list = list.to_vec();
+    list.sort();
+    list
 }
 
 fn word(line: &serde_json::Value, name: &str) -> String {
@@ -139,10 +152,7 @@ async fn history(world: &World, record: &Record, index: usize, verdict: &mut Ver
     }
     for (peer, texts) in expected {
         let rows = inbound.remove(&peer).unwrap_or_default();
-        let (mut in_order, mut as_came) = (texts.clone(), rows.clone());
-        in_order.sort();
-        as_came.sort();
-        if texts != rows && in_order == as_came && verdict.stats["retry_receipts"] != 0 {
+        if texts != rows && sorted(&texts) == sorted(&rows) && verdict.stats["retry_receipts"] != 0 {
             verdict.late += 1;
             continue;
         }

@@ -1,7 +1,8 @@
 //! A tenant with linked, subscribed numbers, customers' phones around them, and what the daemon and the phones show.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use switchboard::api::grpc::proto;
@@ -33,6 +34,8 @@ pub struct World {
     pub log: Log,
     /// Numbers an operator had to start because a dead life of theirs had replaced them.
     pub replaced: AtomicU64,
+    /// Phones that were made to lose their keys.
+    pub forgetful: Mutex<HashSet<String>>,
     // Last, so that the daemon's files and its WhatsApp outlive it.
     _sandbox: Sandbox,
     _directory: Directory,
@@ -82,6 +85,7 @@ impl World {
             tenant,
             log,
             replaced: AtomicU64::new(0),
+            forgetful: Mutex::default(),
             _sandbox: sandbox,
             _directory: directory,
         };

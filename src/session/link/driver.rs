@@ -24,6 +24,7 @@ use super::events::subscribe;
 use super::inbound::Inbox;
 use super::lock;
 use super::pump::pump;
+use super::repeats::{Asked, answer_all};
 use super::runtime::LinkRuntime;
 use super::send::{Outbound, Wire};
 use super::session::{LinkParams, Purpose};
@@ -106,10 +107,12 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
     pumping.spawn(pump(signals.clone(), entries, events, last).instrument(span.clone()));
 
     let failed = signals.clone();
+    let backend = LinkBackend::new(store.clone(), Box::new(move || failed.end(CloseReason::StoreFailed)));
+    signals.attach_backend(&backend);
     let panicked = signals.clone();
     let parts = Parts {
         environment: environment.clone(),
-        backend: LinkBackend::new(store.clone(), Box::new(move || failed.end(CloseReason::StoreFailed))),
+        backend,
         runtime: LinkRuntime::new(span.clone(), Arc::new(move || panicked.end(CloseReason::Crashed))),
         slot: SocketSlot::new(slot),
         signals,
@@ -150,6 +153,10 @@ async fn live(
     let Some(version) = parts.environment.client_version().await else {
         return CloseReason::Unreachable;
     };
+    let Ok(left) = parts.backend.asked().await else {
+        return CloseReason::StoreFailed;
+    };
+    parts.signals.expect_confirmation(&left);
     let Ok(persistence) = client::load(parts).await else {
         return CloseReason::StoreFailed;
     };
@@ -171,6 +178,8 @@ async fn live(
         running: JoinSet::new(),
         delivering: JoinSet::new(),
         asking: JoinSet::new(),
+        left,
+        answering: JoinSet::new(),
         runs: 0,
         announced: false,
         online_by: Some(Instant::now() + if is_pairing { SCAN_WITHIN } else { CONNECT_WITHIN }),
@@ -210,6 +219,9 @@ struct Connection<'a> {
     running: JoinSet<()>,
     delivering: JoinSet<()>,
     asking: JoinSet<()>,
+    /// Requests for repeats that earlier connections left open, until this one is online.
+    left: Vec<Asked>,
+    answering: JoinSet<()>,
     runs: u32,
     announced: bool,
     online_by: Option<Instant>,
@@ -275,6 +287,10 @@ impl Connection<'_> {
         }
         if self.signals().is_online() {
             self.online_by = None;
+            if !self.left.is_empty() {
+                let answer = answer_all(self.outbound.wire(), self.signals().clone(), std::mem::take(&mut self.left));
+                self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
+            }
         }
         self.announce().await
     }
@@ -399,8 +415,20 @@ impl Connection<'_> {
     }
 
     async fn tear_down(self, reason: CloseReason) -> CloseReason {
-        let Connection { parts, store, client, subscription, raw_nodes, outbound, mut commands, mut running, .. } =
-            self;
+        let Connection {
+            parts,
+            store,
+            client,
+            subscription,
+            raw_nodes,
+            outbound,
+            mut commands,
+            mut running,
+            mut answering,
+            ..
+        } = self;
+        // What is not answered yet is on disk for the next connection.
+        answering.shutdown().await;
         let signals = &parts.signals;
         refuse_waiting(&mut commands, signals);
         let is_abrupt = store.is_poisoned()

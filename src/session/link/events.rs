@@ -14,6 +14,7 @@ use whatsapp_rust::wacore_binary::NodeRef;
 
 use super::contact::contact_of;
 use super::inbound::placeholder;
+use super::repeats::asked_by;
 use super::session::wall_clock;
 use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
@@ -96,6 +97,8 @@ impl Handler {
         self.signals.hear();
         if stanza::is_answer(node) {
             self.signals.answered();
+        } else if let Some(asked) = asked_by(node) {
+            self.signals.push_asked(asked);
         } else if let Some((certainty, reason)) = stanza::ending(node, wall_clock()) {
             self.signals.note(certainty, reason);
         } else if let Some(phone) = stanza::scanned_by(node) {
@@ -134,10 +137,16 @@ impl Handler {
     }
 
     fn receipt(&self, receipt: &Receipt) {
+        let source = &receipt.source;
+        if opened_by_its_sender(&receipt.r#type) {
+            let device = source.sender.to_string();
+            for id in &receipt.message_ids {
+                self.signals.confirmed(&device, id);
+            }
+        }
         let Some(kind) = receipt_kind(&receipt.r#type) else {
             return;
         };
-        let source = &receipt.source;
         if source.is_group || source.is_from_me {
             return;
         }
@@ -149,6 +158,11 @@ impl Handler {
             at: Timestamp(u64::try_from(receipt.timestamp.timestamp_millis()).unwrap_or(0)),
         });
     }
+}
+
+/// Whether a receipt says that the device which sent it could open the message.
+fn opened_by_its_sender(kind: &ReceiptType) -> bool {
+    matches!(kind, ReceiptType::Sender | ReceiptType::PeerMsg) || receipt_kind(kind).is_some()
 }
 
 /// The rung a receipt stands for; `None` for those that concern our own devices or the library.

@@ -2,6 +2,7 @@
 //! transport, storage, HTTP client and runtime. The library's types never leave this folder.
 
 mod backend;
+mod barrier;
 mod client;
 mod contact;
 mod content;
@@ -12,6 +13,7 @@ mod http;
 mod inbound;
 mod lock;
 mod pump;
+mod repeats;
 mod runtime;
 mod send;
 mod session;

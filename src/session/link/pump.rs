@@ -10,6 +10,7 @@ use super::contact::{complete, contact_of};
 use super::signals::{Queued, RawReceipt, Signals};
 use crate::domain::close::CloseReason;
 use crate::session::contract::{NotDurable, SessionEvent};
+use crate::telemetry::failpoint::{self, Failpoint};
 
 /// Watches what becomes of entries that the pump does not wait for.
 #[derive(Default)]
@@ -53,6 +54,25 @@ async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) 
             }
             let durable = watched.watch(Kind::Receipt, signals);
             Some(SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable })
+        }
+        Queued::Asked(asked) => {
+            // One after the other, so that the oldest request is the first to be durable.
+            failpoint::reach(Failpoint::RepeatAsked);
+            match signals.backend() {
+                Some(backend) if backend.note_asked(&asked).await.is_ok() => {
+                    failpoint::reach(Failpoint::RepeatNoted);
+                    signals.asked_durable();
+                }
+                _ => signals.receipt_lost(),
+            }
+            None
+        }
+        Queued::Confirmed(name) => {
+            if let Some(backend) = signals.backend() {
+                // A row that stays costs one more answer on the next connection.
+                let _ = backend.forget_asked(&name.0, &name.1).await;
+            }
+            None
         }
         Queued::Placeholder(mut message) => {
             if let Some(client) = signals.client() {

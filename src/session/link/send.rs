@@ -68,6 +68,11 @@ impl Outbound {
         }
     }
 
+    /// What others may send with.
+    pub(super) fn wire(&self) -> Arc<Wire> {
+        self.wire.clone()
+    }
+
     /// Takes a message; its answer comes as `Written` or `NotWritten`.
     pub(super) fn take(&mut self, message: Outgoing) {
         if self.waiting >= WAITING_MAX {
@@ -196,7 +201,7 @@ async fn forget_sessions(client: &Client, to: &Jid) -> Result<(), SendError> {
     }
 }
 
-fn body_of(content: &Content) -> Option<wa::Message> {
+pub(super) fn body_of(content: &Content) -> Option<wa::Message> {
     match content {
         Content::Text(text) => Some(wa::Message { conversation: Some(text.clone()), ..Default::default() }),
         Content::Other(_) | Content::Undecryptable | Content::NotKept => None,

@@ -2,17 +2,21 @@
 //! answered, and the one queue through which everything reaches the number. Handlers of the library run
 //! synchronously and must only ever touch this.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, timeout};
 use whatsapp_rust::Client;
 use whatsapp_rust::Jid;
 use whatsapp_rust::store::persistence_manager::PersistenceManager;
 use whatsapp_rust::types::events::InboundMessage;
 
+use super::backend::LinkBackend;
+use super::barrier::Barrier;
+use super::repeats::{ASKED_MAX, Asked, AskedName};
 use super::stanza::Certainty;
 use crate::domain::close::CloseReason;
 use crate::domain::phone::{Lid, Phone};
@@ -27,8 +31,8 @@ pub(super) const RECOVERED_MAX: usize = 64;
 /// Shortest time between two `Alive` events: the number wants to know that it lives, not every beat.
 const ALIVE_EVERY: Duration = Duration::from_secs(25);
 
-/// How long anything may wait with being written because receipts are not durable yet.
-const RECEIPTS_WITHIN: Duration = Duration::from_secs(30);
+/// How long anything may wait with being written because what was heard is not durable yet.
+const HEARD_WITHIN: Duration = Duration::from_secs(30);
 
 /// One entry of the queue.
 pub(super) enum Queued {
@@ -39,6 +43,10 @@ pub(super) enum Queued {
     /// The place of a message that could not be decrypted. Queued before the sender is asked to repeat it, so it
     /// cannot come after its content.
     Placeholder(Box<Incoming>),
+    /// A device asks for a message again.
+    Asked(Box<Asked>),
+    /// A device has what it asked for.
+    Confirmed(Box<AskedName>),
 }
 
 /// A receipt whose sender's other address is still to be looked up, which the handler cannot do.
@@ -76,13 +84,15 @@ pub(super) struct Signals {
     answering_pairing: AtomicBool,
     sealed: AtomicBool,
     dropped: AtomicU64,
-    /// Receipts heard, and those of them that are durable.
-    receipts: AtomicU64,
-    receipts_durable: watch::Sender<u64>,
+    receipts: Barrier,
+    repeats: Barrier,
+    /// Requests for a repeat that are on disk, or on their way there.
+    asked: Mutex<HashSet<AskedName>>,
     queue: mpsc::Sender<Queued>,
     recovered: mpsc::Sender<InboundMessage>,
     client: OnceLock<Weak<Client>>,
     persistence: OnceLock<Weak<PersistenceManager>>,
+    backend: OnceLock<Weak<LinkBackend>>,
 }
 
 impl Signals {
@@ -100,12 +110,14 @@ impl Signals {
             answering_pairing: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
-            receipts: AtomicU64::new(0),
-            receipts_durable: watch::Sender::new(0),
+            receipts: Barrier::default(),
+            repeats: Barrier::default(),
+            asked: Mutex::default(),
             queue,
             recovered,
             client: OnceLock::new(),
             persistence: OnceLock::new(),
+            backend: OnceLock::new(),
         })
     }
 
@@ -117,6 +129,16 @@ impl Signals {
     pub(super) fn attach(&self, client: &Arc<Client>) {
         let _ = self.client.set(Arc::downgrade(client));
         let _ = self.persistence.set(Arc::downgrade(&client.persistence_manager()));
+    }
+
+    /// Makes the store known, for what is noted of requests for a repeat. Once per session.
+    pub(super) fn attach_backend(&self, backend: &Arc<LinkBackend>) {
+        let _ = self.backend.set(Arc::downgrade(backend));
+    }
+
+    /// The session's store, while there is one.
+    pub(super) fn backend(&self) -> Option<Arc<LinkBackend>> {
+        self.backend.get()?.upgrade()
     }
 
     /// The session's client, while there is one.
@@ -240,11 +262,11 @@ impl Signals {
     }
 
     /// Called by the transport before every write. Whatever tells the server that a receipt was heard is written after
-    /// its handler returned, so the whole connection waits here until the receipts heard so far are durable. Requests
-    /// for a repeat are the exception: the library answers them by itself, from what it kept of the message.
+    /// its handler returned, so the whole connection waits here until the receipts and the requests for a repeat heard
+    /// so far are durable.
     ///
     /// # Errors
-    /// When the session is sealed, or the credentials of a pairing or a receipt did not reach the disk.
+    /// When the session is sealed, or the credentials of a pairing, a receipt or a request did not reach the disk.
     pub(super) async fn before_write(&self) -> Result<(), &'static str> {
         if self.sealed.load(Ordering::Acquire) {
             return Err("the session is sealed");
@@ -259,13 +281,16 @@ impl Signals {
                 return Err("the credentials are not durable");
             }
         }
-        let heard = self.receipts.load(Ordering::Acquire);
-        let mut durable = self.receipts_durable.subscribe();
-        let caught_up = durable.wait_for(|durable| *durable >= heard);
-        match timeout(RECEIPTS_WITHIN, caught_up).await {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err("receipts are not durable"),
+        let caught_up = async {
+            self.receipts.caught_up().await;
+            self.repeats.caught_up().await;
+        };
+        timeout(HEARD_WITHIN, caught_up).await.map_err(|_| "what was heard is not durable")?;
+        // Whoever could not make it durable may have sealed the session meanwhile.
+        if self.sealed.load(Ordering::Acquire) {
+            return Err("the session is sealed");
         }
+        Ok(())
     }
 
     /// Queues an event from a synchronous handler. A full queue drops it: the outbox resends what was never
@@ -286,19 +311,68 @@ impl Signals {
 
     /// Queues a receipt. One that finds no room must come again, so the connection ends before the server is told.
     pub(super) fn push_receipt(&self, receipt: RawReceipt) {
-        self.receipts.fetch_add(1, Ordering::AcqRel);
-        if self.queue.try_send(Queued::Receipt(Box::new(receipt))).is_err() {
+        self.receipts.hear();
+        self.push_or_end(Queued::Receipt(Box::new(receipt)));
+    }
+
+    /// Queues a device's request for a repeat; one without room ends the connection, as a receipt does.
+    pub(super) fn push_asked(&self, asked: Asked) {
+        let mut known = self.asked();
+        if known.len() >= ASKED_MAX && !known.contains(&asked.name()) {
+            tracing::warn!(most = ASKED_MAX, "too many requests for repeats: a crash would forget this one");
+            return;
+        }
+        known.insert(asked.name());
+        drop(known);
+        self.repeats.hear();
+        self.push_or_end(Queued::Asked(Box::new(asked)));
+    }
+
+    fn push_or_end(&self, entry: Queued) {
+        if self.queue.try_send(entry).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             self.receipt_lost();
         }
     }
 
-    /// What follows from the oldest receipt that was not durable is.
-    pub(super) fn receipt_durable(&self) {
-        self.receipts_durable.send_modify(|durable| *durable += 1);
+    fn asked(&self) -> MutexGuard<'_, HashSet<AskedName>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A receipt did not reach the disk: nothing more is written, and the next connection brings it again.
+    /// Requests that earlier connections left open.
+    pub(super) fn expect_confirmation(&self, left: &[Asked]) {
+        self.asked().extend(left.iter().map(Asked::name));
+    }
+
+    /// Whether a request is still open.
+    pub(super) fn awaits_confirmation(&self, name: &AskedName) -> bool {
+        self.asked().contains(name)
+    }
+
+    /// A device has a message, whether it had asked for it or not.
+    pub(super) fn confirmed(&self, device: &str, whatsapp_id: &str) {
+        let mut known = self.asked();
+        if known.is_empty() {
+            return;
+        }
+        let name = (device.to_owned(), whatsapp_id.to_owned());
+        if known.remove(&name) {
+            drop(known);
+            self.push(Queued::Confirmed(Box::new(name)));
+        }
+    }
+
+    /// What follows from the oldest request for a repeat that was not durable is.
+    pub(super) fn asked_durable(&self) {
+        self.repeats.durable();
+    }
+
+    /// What follows from the oldest receipt that was not durable is.
+    pub(super) fn receipt_durable(&self) {
+        self.receipts.durable();
+    }
+
+    /// A receipt, or a request for a repeat, did not reach the disk: nothing more is written, and the next connection brings it again.
     pub(super) fn receipt_lost(&self) {
         self.seal();
         self.end(CloseReason::StoreFailed);

@@ -17,7 +17,7 @@ use crate::telemetry::failpoint::{self, Failpoint};
 const ONLY_DEVICE: i32 = 1;
 /// Everything that belongs to a link and is worthless after it. The device itself goes first, so that a crash
 /// in between leaves a number that is not linked.
-const LINK_FAMILIES: [Tag; 11] = [
+const LINK_FAMILIES: [Tag; 12] = [
     Tag::Device,
     Tag::PreKey,
     Tag::SignedPreKey,
@@ -28,6 +28,7 @@ const LINK_FAMILIES: [Tag; 11] = [
     Tag::ProtocolCache,
     Tag::SentMessage,
     Tag::PendingInbound,
+    Tag::AskedAgain,
     Tag::MessageSecret,
 ];
 

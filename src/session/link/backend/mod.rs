@@ -6,6 +6,7 @@ mod app_state;
 mod buffers;
 mod device;
 mod protocol;
+mod repeats;
 mod secrets;
 mod signal;
 #[cfg(test)]

@@ -266,7 +266,7 @@ impl ProtocolStore for LinkBackend {
     }
 
     async fn take_sent_message(&self, chat_jid: &str, message_id: &str) -> LibraryResult<Option<Vec<u8>>> {
-        self.take_sent(chat_jid, message_id).await
+        self.sent(chat_jid, message_id).await
     }
 
     async fn delete_expired_sent_messages(&self, cutoff_timestamp: i64) -> LibraryResult<u32> {

@@ -12,6 +12,7 @@ use whatsapp_rust::wacore::store::traits::{
     MsgSecretStore, PendingInboundKey, PendingInboundRow, ProtocolStore, SignalStore, TcTokenEntry,
 };
 
+use super::super::repeats::Asked;
 use super::{LinkBackend, forget_device, is_linked, provision};
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
@@ -253,7 +254,7 @@ async fn tokens_merge_whoever_writes_first() {
 }
 
 #[tokio::test]
-async fn a_sent_message_is_taken_once() {
+async fn a_sent_message_is_there_for_every_device_that_asks() {
     let home = Home::open("sent").await;
     let backend = home.backend();
     backend.store_sent_message("c", "m1", &vec![5; 50_000]).await.unwrap();
@@ -263,15 +264,37 @@ async fn a_sent_message_is_taken_once() {
         takers.spawn(async move { backend.take_sent_message("c", "m1").await.unwrap() });
     }
     let taken = takers.join_all().await;
-    assert_eq!(taken.iter().flatten().count(), 1);
+    assert_eq!(taken.iter().flatten().count(), 8);
 
     backend.store_sent_message("c", "m2", b"two").await.unwrap();
     let now = whatsapp_rust::wacore::time::now_secs();
     assert_eq!(backend.delete_expired_sent_messages(now - 60).await.unwrap(), 0);
-    assert_eq!(backend.delete_expired_sent_messages(now + 60).await.unwrap(), 1);
+    assert_eq!(backend.delete_expired_sent_messages(now + 60).await.unwrap(), 2);
     assert!(backend.take_sent_message("c", "m2").await.unwrap().is_none());
     let left = home.number.scan(Tag::SentMessage, &[], None, Order::Ascending, 10).await.unwrap();
     assert!(left.is_empty(), "neither rows nor index entries stay behind");
+}
+
+#[tokio::test]
+async fn a_request_for_a_repeat_stays_until_it_is_confirmed() {
+    let home = Home::open("asked").await;
+    let backend = home.backend();
+    let asked = Asked {
+        device: "5511987654321:7@s.whatsapp.net".to_owned(),
+        recipient: None,
+        whatsapp_id: "3EB0".to_owned(),
+        count: 1,
+        at: 1_770_000_000,
+        answers: 0,
+    };
+    backend.note_asked(&asked).await.unwrap();
+    let again = Asked { count: 2, ..asked };
+    backend.note_asked(&again).await.unwrap();
+    assert_eq!(backend.asked().await.unwrap(), std::slice::from_ref(&again), "one row for a device and a message");
+    backend.forget_asked("5511987654321:8@s.whatsapp.net", "3EB0").await.unwrap();
+    assert_eq!(backend.asked().await.unwrap().len(), 1, "another device says nothing of this one");
+    backend.forget_asked(&again.device, "3EB0").await.unwrap();
+    assert!(backend.asked().await.unwrap().is_empty());
 }
 
 #[tokio::test]
