@@ -11,10 +11,12 @@ use switchboard::api::grpc::proto::{MessageDirection, MessageStatus};
 use tokio::time::sleep;
 
 use crate::load::{Record, Shared, Told, described};
-use crate::world::{PATIENCE, World, neighbour};
+use crate::world::{World, neighbour};
 
 /// Violations that have not changed for so long are not going to.
 const SETTLED_AFTER: Duration = Duration::from_secs(30);
+/// Longest a backlog may take that is still being worked off.
+const SETTLED_WITHIN: Duration = Duration::from_secs(600);
 /// Differences shown of one list.
 const SHOWN: usize = 5;
 
@@ -49,7 +51,7 @@ pub async fn settle(world: &World, shared: &Shared, record: &Record) -> Verdict 
         if verdict.violations != last {
             (last, changed) = (verdict.violations.clone(), Instant::now());
         }
-        if last.is_empty() || changed.elapsed() > SETTLED_AFTER || begun.elapsed() > PATIENCE {
+        if last.is_empty() || changed.elapsed() > SETTLED_AFTER || begun.elapsed() > SETTLED_WITHIN {
             verdict.violations.extend(shared.problems());
             verdict.violations.extend(world.sink.problems());
             return verdict;

@@ -94,7 +94,7 @@ pub(super) async fn answer_all(wire: Arc<Wire>, signals: Arc<Signals>, left: Vec
             // Never to be answered: not asked of us, or not known any more.
             Ok(Err(Unanswered::Impossible)) => signals.confirmed(&asked.device, &asked.whatsapp_id),
             Ok(Err(Unanswered::NotNow)) | Err(_) => {
-                tracing::warn!("a request for a repeat waits for the next connection")
+                tracing::warn!("a request for a repeat waits for the next connection");
             }
         }
     }
