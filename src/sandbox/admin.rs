@@ -71,6 +71,11 @@ fn text(body: &Bytes) -> Result<&str> {
     std::str::from_utf8(body).map_err(|_| SandboxError::Malformed("body is not UTF-8"))
 }
 
+/// Only what cannot be mistaken for an address or a token.
+fn is_message_id(id: &str) -> bool {
+    (8..=64).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 #[derive(Deserialize)]
 struct Whose {
     phone: String,
@@ -100,6 +105,7 @@ async fn fault(State(world): Shared, body: Bytes) -> Answer {
     if !world.faults.order(order) {
         return Err(SandboxError::Malformed("phone number"));
     }
+    world.repeat_held();
     Ok(axum::Json(json!({})))
 }
 
@@ -176,12 +182,15 @@ struct Send {
     to: String,
     #[serde(default)]
     lid: bool,
+    id: Option<String>,
 }
 
-/// `POST /admin/mock-phone/send?from=N&to=M[&lid=true]`, body: text → `{"id"}`
+/// `POST /admin/mock-phone/send?from=N&to=M[&lid=true][&id=I]`, body: text → `{"id"}`; the id of an earlier message may
+/// be used again.
 async fn send(State(world): Shared, Query(query): Query<Send>, body: Bytes) -> Answer {
     let addressing = if query.lid { Namespace::Hidden } else { Namespace::Phone };
-    let id = world.write(&number(&query.from)?, &number(&query.to)?, text(&body)?, addressing)?;
+    let given = query.id.map(|id| is_message_id(&id).then_some(id).ok_or(SandboxError::Malformed("id"))).transpose()?;
+    let id = world.write(&number(&query.from)?, &number(&query.to)?, text(&body)?, addressing, given)?;
     Ok(axum::Json(json!({ "id": id })))
 }
 

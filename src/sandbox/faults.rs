@@ -34,6 +34,15 @@ pub struct Order {
     pub nack: Option<Nack>,
     /// Swallow the acks of this many messages.
     pub drop_acks: Option<u32>,
+    /// Take this many messages and do nothing with them: neither carried nor answered.
+    pub lose: Option<u32>,
+    /// Spoil this many ciphertexts that this number's phone seals for linked devices, repetitions included.
+    pub spoil: Option<u32>,
+    /// Keep what this number's phone is asked to repeat until this is taken back, as if it were off.
+    pub hold_repeats: Option<bool>,
+    /// For so many seconds the account is locked for new chats, as it says when it is asked; 0 is no lock. Without it
+    /// such questions are not understood.
+    pub locked_for: Option<u64>,
     /// Write this many stanzas of the backlog twice.
     pub duplicate: Option<u32>,
     /// Keep stanzas in the backlog although they were acknowledged, so that the next login gets them again.
@@ -42,7 +51,7 @@ pub struct Order {
     pub reorder: Option<bool>,
     /// Refuse logins.
     pub login_failure: Option<LoginFailure>,
-    /// How likely each `nack`, `drop_acks` and `duplicate` is when it could happen; 1 when absent.
+    /// How likely each `nack`, `drop_acks`, `lose`, `spoil` and `duplicate` is when it could happen; 1 when absent.
     pub chance: Option<f64>,
 }
 
@@ -170,6 +179,26 @@ impl Faults {
         self.ask(phone, |order| self.spend(order, |order| &mut order.drop_acks)).is_some()
     }
 
+    /// Whether the next message is taken and forgotten.
+    pub fn loses(&self, phone: &PhoneNumber) -> bool {
+        self.ask(phone, |order| self.spend(order, |order| &mut order.lose)).is_some()
+    }
+
+    /// Whether the next ciphertext of this number's phone is spoiled.
+    pub fn spoils(&self, phone: &PhoneNumber) -> bool {
+        self.ask(phone, |order| self.spend(order, |order| &mut order.spoil)).is_some()
+    }
+
+    /// Whether requests to repeat a message wait.
+    pub fn holds_repeats(&self, phone: &PhoneNumber) -> bool {
+        self.ask(phone, |order| order.hold_repeats).unwrap_or(false)
+    }
+
+    /// For how many seconds the account says that it is locked for new chats.
+    pub fn locked_for(&self, phone: &PhoneNumber) -> Option<u64> {
+        self.ask(phone, |order| order.locked_for)
+    }
+
     /// Whether the next stanza is written twice.
     pub fn duplicates(&self, phone: &PhoneNumber) -> bool {
         self.ask(phone, |order| self.spend(order, |order| &mut order.duplicate)).is_some()
@@ -212,6 +241,10 @@ impl Order {
         self.delay_ms = newer.delay_ms.or(self.delay_ms);
         self.nack = newer.nack.or(self.nack);
         self.drop_acks = newer.drop_acks.or(self.drop_acks);
+        self.lose = newer.lose.or(self.lose);
+        self.spoil = newer.spoil.or(self.spoil);
+        self.hold_repeats = newer.hold_repeats.or(self.hold_repeats);
+        self.locked_for = newer.locked_for.or(self.locked_for);
         self.duplicate = newer.duplicate.or(self.duplicate);
         self.redeliver = newer.redeliver.or(self.redeliver);
         self.reorder = newer.reorder.or(self.reorder);

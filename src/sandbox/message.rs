@@ -18,6 +18,9 @@ const KEPT_PARTS: [&str; 2] = ["device-identity", "meta"];
 /// Takes a message from a linked device; returns the ack, unless a fault swallows it.
 pub fn from_device(world: &World, device: &DeviceAddress, node: &Node) -> Option<Node> {
     world.stats.messages.add(1);
+    if world.faults.loses(&device.phone) {
+        return None;
+    }
     let refused = match world.faults.nack(&device.phone) {
         Some(code) => Some(code),
         None => fan_out(world, device, node),

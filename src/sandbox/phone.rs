@@ -7,12 +7,12 @@ use crate::sandbox::address::{DeviceAddress, Namespace, PhoneNumber, resolve};
 use crate::sandbox::appstate::AppStateKey;
 use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::receipt::{Receipt, Tick};
-use crate::sandbox::signal_store::{Bundle, Sealed, SignalStore, StoredSignal, is_repeat};
+use crate::sandbox::signal_store::{Bundle, Sealed, SignalStore, StoredSignal, is_repeat, last_of_message};
 use crate::sandbox::stanza::{self, attr, bytes, fresh_id, jid, tag};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, VecDeque};
 use whatsapp_rust::wacore::messages::{MessageUtils, decode_plaintext, unwrap_device_sent, wrap_device_sent};
-use whatsapp_rust::wacore_binary::{Jid, Node};
+use whatsapp_rust::wacore_binary::{Jid, Node, NodeContent};
 use whatsapp_rust::waproto::whatsapp as wa;
 
 /// Messages a phone shows; the oldest scroll away beyond it.
@@ -99,6 +99,20 @@ pub struct Delivery {
     pub to: DeviceAddress,
     /// What it gets.
     pub node: Node,
+}
+
+impl Delivery {
+    /// Makes a sealed message one that nobody can open: its authentication code is wrong, everything else is right.
+    pub fn spoil(&mut self) {
+        let Some(NodeContent::Nodes(parts)) = &mut self.node.content else { return };
+        for sealed in parts.iter_mut().filter(|part| part.tag == "enc") {
+            let mut content = bytes(sealed).unwrap_or_default().into_owned();
+            if let Some(last) = last_of_message(&content).and_then(|last| content.get_mut(last)) {
+                *last ^= 1;
+                sealed.content = Some(NodeContent::Bytes(content));
+            }
+        }
+    }
 }
 
 /// Something a phone wants done that needs more than its own state.
@@ -363,15 +377,15 @@ impl Person {
         ticks
     }
 
-    /// Writes `text` to `to`, sealed for each of `targets`, with all of which there must be a session.
+    /// Writes `text` to `to` under `id`, sealed for each of `targets`, with all of which there must be a session.
     pub fn write(
         &mut self,
+        id: String,
         to: &PhoneNumber,
         text: &str,
         addressing: Namespace,
         targets: &[DeviceAddress],
-    ) -> Result<(String, Vec<Delivery>)> {
-        let id = fresh_id("3A");
+    ) -> Result<Vec<Delivery>> {
         let sent = Sent { id: id.clone(), to: to.clone(), text: text.to_owned(), addressing };
         let deliveries = targets.iter().map(|target| self.seal(&sent, target, 0)).collect::<Result<Vec<_>>>()?;
         self.sent.push_back(sent);
@@ -380,7 +394,7 @@ impl Person {
         }
         self.show(Shown {
             from: self.own.clone(),
-            id: id.clone(),
+            id,
             text: text.to_owned(),
             times_received: 0,
             status: Status::Sent,
@@ -390,7 +404,7 @@ impl Person {
             addressing,
             at: stanza::now(),
         });
-        Ok((id, deliveries))
+        Ok(deliveries)
     }
 
     /// Seals a message once more for a device that could not open it.

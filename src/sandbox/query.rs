@@ -10,6 +10,7 @@ use crate::sandbox::stanza::{self, attr, children, tag};
 use crate::sandbox::usync;
 use crate::sandbox::world::World;
 use std::time::Duration;
+use whatsapp_rust::wacore::iq::mex_operations::fetch_reachout_timelock;
 use whatsapp_rust::wacore_binary::Node;
 
 /// Media hosts are not simulated here; the name resolves nowhere on purpose.
@@ -49,6 +50,10 @@ fn answer(world: &World, device: &DeviceAddress, kind: &str, iq: &Node) -> Node 
         ("usync", _) => usync::answer(world, iq),
         ("w:sync:app:state", _) => appstate::answer(iq),
         ("w:p", _) => stanza::result(iq, []),
+        ("w:mex", false) if asks_for_lock(iq) => match world.faults.locked_for(&device.phone) {
+            Some(seconds) => stanza::result(iq, [lock(seconds)]),
+            None => not_implemented(world, kind, iq),
+        },
         ("abt" | "w", false) => {
             let props = tag("props")
                 .attr("protocol", "1")
@@ -64,12 +69,29 @@ fn answer(world: &World, device: &DeviceAddress, kind: &str, iq: &Node) -> Node 
         ("w:profile:picture", false) => stanza::failure(iq, 404, "item-not-found"),
         // Settings and housekeeping that nothing here depends on.
         (_, true) => stanza::result(iq, []),
-        (_, false) => {
-            tracing::debug!(kind, "query not implemented");
-            world.stats.unknown_queries.add(1);
-            stanza::failure(iq, 501, "feature-not-implemented")
-        }
+        (_, false) => not_implemented(world, kind, iq),
     }
+}
+
+fn not_implemented(world: &World, kind: &str, iq: &Node) -> Node {
+    tracing::debug!(kind, "query not implemented");
+    world.stats.unknown_queries.add(1);
+    stanza::failure(iq, 501, "feature-not-implemented")
+}
+
+/// Whether this is the persisted query for the account's lock on new chats.
+fn asks_for_lock(iq: &Node) -> bool {
+    children(iq)
+        .first()
+        .and_then(|query| attr(query, "query_id"))
+        .is_some_and(|id| id == fetch_reachout_timelock::DOC_ID)
+}
+
+fn lock(seconds: u64) -> Node {
+    let ends = (stanza::now() + seconds).to_string();
+    let lock = serde_json::json!({ "is_active": seconds > 0, "time_enforcement_ends": ends });
+    let answer = serde_json::json!({ "data": { "xwa2_fetch_account_reachout_timelock": lock } });
+    tag("result").bytes(answer.to_string().into_bytes()).build()
 }
 
 /// Everything is shown to everybody; without an answer about read receipts clients keep theirs to themselves.

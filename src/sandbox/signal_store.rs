@@ -312,6 +312,14 @@ pub fn is_repeat(error: &SandboxError) -> bool {
     matches!(error, SandboxError::Signal(SignalProtocolError::DuplicatedMessage(..)))
 }
 
+/// Where the authentication code of a sealed message ends.
+pub fn last_of_message(sealed: &[u8]) -> Option<usize> {
+    let Ok(first) = PreKeySignalMessage::try_from(sealed) else { return sealed.len().checked_sub(1) };
+    let message = first.message().serialized();
+    let start = sealed.windows(message.len()).position(|window| window == message)?;
+    (start + message.len()).checked_sub(1)
+}
+
 struct Sessions<'a>(&'a mut HashMap<String, SessionRecord>);
 
 #[async_trait]

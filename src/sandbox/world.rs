@@ -12,6 +12,7 @@ use crate::sandbox::pairing::Pairings;
 use crate::sandbox::persistence::Files;
 use crate::sandbox::phone::{Delivery, Errand, Person, Shown};
 use crate::sandbox::signal_store::Bundle;
+use crate::sandbox::stanza::fresh_id;
 use crate::sandbox::stats::Stats;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
@@ -19,6 +20,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Accounts one sandbox may have.
 const ACCOUNT_LIMIT: usize = 200_000;
+/// Requests to repeat a message that wait for an order to be taken back; more are forgotten.
+const HELD_LIMIT: usize = 1_024;
 
 /// Everything the sandbox knows.
 pub struct World {
@@ -33,6 +36,7 @@ pub struct World {
     files: Files,
     accounts: RwLock<HashMap<PhoneNumber, Arc<Account>>>,
     absent: Mutex<HashSet<PhoneNumber>>,
+    held: Mutex<Vec<(PhoneNumber, Errand)>>,
 }
 
 impl World {
@@ -58,6 +62,7 @@ impl World {
             pairings: Pairings::default(),
             files,
             accounts: RwLock::new(accounts),
+            held: Mutex::default(),
             absent: Mutex::default(),
         })
     }
@@ -191,6 +196,13 @@ impl World {
                 vec![delivery]
             }
             Errand::Tick(tick) => tick.deliveries(self),
+            Errand::Repeat { .. } if self.faults.holds_repeats(phone) => {
+                let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+                if held.len() < HELD_LIMIT {
+                    held.push((phone.clone(), errand));
+                }
+                Vec::new()
+            }
             Errand::Repeat { to, id, count, keys } => {
                 let Some(keys) = keys.or_else(|| self.bundle(&to)) else {
                     return Vec::new();
@@ -201,6 +213,15 @@ impl World {
                 })
             }
             Errand::ShareKeys(to) => self.share_keys(&to),
+        }
+    }
+
+    /// Does what phones were asked to repeat while an order kept them from it, where there is none any more.
+    pub fn repeat_held(&self) {
+        let held = std::mem::take(&mut *self.held.lock().unwrap_or_else(PoisonError::into_inner));
+        for (phone, errand) in held {
+            let deliveries = self.run(&phone, errand);
+            self.deliver(deliveries);
         }
     }
 
@@ -221,9 +242,11 @@ impl World {
         account.dirty.store(true, Ordering::Release);
         let stored = if raised { self.save(&account) } else { Ok(()) };
         match stored.and(sealed) {
-            Ok(deliveries) => {
+            Ok(mut deliveries) => {
                 self.stats.messages_from_phones.add(u64::from(!deliveries.is_empty()));
                 deliveries.iter().for_each(|delivery| self.stats.inspect(delivery));
+                let to_devices = deliveries.iter_mut().filter(|delivery| delivery.to.device != 0);
+                to_devices.filter(|_| self.faults.spoils(phone)).for_each(Delivery::spoil);
                 deliveries
             }
             Err(error) => {
@@ -252,8 +275,15 @@ impl World {
         })
     }
 
-    /// A person writes on the phone; the id of the message.
-    pub fn write(&self, from: &PhoneNumber, to: &PhoneNumber, text: &str, addressing: Namespace) -> Result<String> {
+    /// A person writes on the phone; the id of the message, which is `id` if given: also one that was used before.
+    pub fn write(
+        &self,
+        from: &PhoneNumber,
+        to: &PhoneNumber,
+        text: &str,
+        addressing: Namespace,
+        id: Option<String>,
+    ) -> Result<String> {
         let sender = self.require(from)?;
         self.require(to)?;
         let of = |phone: &PhoneNumber| -> Vec<DeviceAddress> {
@@ -266,13 +296,14 @@ impl World {
         targets.retain(|device| device.device != 0 || device.phone != *from);
         targets.dedup();
         let strangers = self.keys_for_strangers(from, &targets);
+        let given = id.unwrap_or_else(|| fresh_id("3A"));
         let mut id = None;
         let deliveries = self.phone_seals(from, |person| {
             for (device, bundle) in &strangers {
                 person.signal.begin(device, bundle)?;
             }
-            let (written, deliveries) = person.write(to, text, addressing, &targets)?;
-            id = Some(written);
+            let deliveries = person.write(given.clone(), to, text, addressing, &targets)?;
+            id = Some(given);
             Ok(deliveries)
         });
         self.deliver(deliveries);
