@@ -14,7 +14,8 @@ use crate::domain::outbox::{DEADLINE_DEFAULT, SCHEDULE_AHEAD_MAX};
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
-use crate::number::handle::SendCommand;
+use crate::number::handle::{NumberHandle, SendCommand};
+use crate::number::message::{Accepted, SendRefused, Unserved};
 use crate::store::number_store::NumberStore;
 use crate::telemetry::metrics;
 
@@ -72,7 +73,7 @@ impl Api {
         let (to, content) = (command.to.clone(), command.content.clone());
         let (send_at, expires_at) = (command.send_at, command.expires_at);
         let accepted = match times_of(&order, self.parts.clock.now()) {
-            Ok(()) => handle.send(command, &self.parts.random).await?,
+            Ok(()) => self.accepted(&handle, command).await?,
             // A repeat of what was right at its time gets the same answer.
             Err(wrong) => handle.remembered(&command).await?.ok_or(wrong)?,
         };
@@ -97,6 +98,21 @@ impl Api {
         };
         let id = MessageId { number: record.id, seq: accepted.seq };
         Ok(MessageCard { id, record: message, progress: Some(Progress::QUEUED), peer: to.phone })
+    }
+
+    /// Accepts, or finds what was accepted before: a repeat is answered also while nothing new is taken.
+    async fn accepted(&self, handle: &NumberHandle, command: SendCommand) -> Result<Accepted, SendRefused> {
+        let refused = match handle.send(command.clone(), &self.parts.random).await {
+            Err(
+                refused @ (SendRefused::QueueFull | SendRefused::Draining | SendRefused::Unserved(Unserved::DiskFull)),
+            ) => refused,
+            answer => return answer,
+        };
+        match handle.remembered(&command).await {
+            Ok(Some(accepted)) => Ok(accepted),
+            Err(SendRefused::RequestIdReused) => Err(SendRefused::RequestIdReused),
+            Ok(None) | Err(_) => Err(refused),
+        }
     }
 
     /// One message, by our id.
