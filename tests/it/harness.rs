@@ -12,6 +12,8 @@ use switchboard::api::grpc::proto::pair_number_response::Step;
 use switchboard::demo::client::{Caller, OwnedNumber};
 use switchboard::demo::phones::{Phones, call};
 use switchboard::demo::sink::{Received, Sink};
+use tokio::task::JoinSet;
+
 use switchboard::sandbox::server::{RunningSandbox, Sandbox, SandboxConfig};
 
 /// Longest any condition may take on a busy machine.
@@ -248,12 +250,40 @@ impl World {
         call(self.admin(), "GET", "/metrics", &[], "").await.unwrap()
     }
 
-    /// The value of a per-number series.
+    /// Orders the sandbox to misbehave.
+    pub(crate) async fn fault(&self, order: &serde_json::Value) {
+        self.phones.post("/admin/fault", &order.to_string()).await.unwrap();
+    }
+
+    pub(crate) async fn put_clock_forward(&self, seconds: u64) {
+        put_forward(self.admin(), seconds).await;
+    }
+
+    /// Until it is dropped the daemon's clock makes twenty seconds of one: enough for pauses to pass, and too little
+    /// for an answer on its way to be overdue.
+    pub(crate) fn in_haste(&self) -> JoinSet<()> {
+        let (admin, mut haste) = (self.admin(), JoinSet::new());
+        haste.spawn(async move {
+            let mut seconds = tokio::time::interval(Duration::from_secs(1));
+            loop {
+                seconds.tick().await;
+                put_forward(admin, 19).await;
+            }
+        });
+        haste
+    }
+
+    /// The value of a per-number series, or with an empty number of one that has none.
     pub(crate) async fn metric(&self, family: &str, number: &str) -> f64 {
         let text = self.metrics().await;
-        let line = text.lines().find(|line| line.starts_with(&format!("{family}{{")) && line.contains(number));
+        let begins = if number.is_empty() { format!("{family} ") } else { format!("{family}{{") };
+        let line = text.lines().find(|line| line.starts_with(&begins) && line.contains(number));
         line.and_then(|line| line.rsplit(' ').next()).and_then(|value| value.parse().ok()).unwrap_or(f64::NAN)
     }
+}
+
+async fn put_forward(admin: SocketAddr, seconds: u64) {
+    call(admin, "POST", &format!("/debug/clock?seconds={seconds}"), &[], "").await.unwrap();
 }
 
 /// Tries until there is a value, for as long as anything may take.

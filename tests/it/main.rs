@@ -14,11 +14,13 @@
     reason = "a test that cannot go on may panic"
 )]
 
+mod answers;
 mod contract;
 mod demo;
 mod disk;
 mod failures;
 mod harness;
+mod inbound;
 mod isolation;
 mod outbox;
 mod restart;
