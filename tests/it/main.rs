@@ -20,6 +20,7 @@ mod demo;
 mod disk;
 mod failures;
 mod harness;
+mod hostile;
 mod inbound;
 mod isolation;
 mod outbox;
