@@ -28,6 +28,7 @@ use crate::store::error::{OpenError, StoreError};
 use crate::store::layout::{Store, StoreSettings};
 use crate::store::master::MasterKeys;
 use crate::store::number_store::NumberStore;
+use crate::store::storage::{self, Checked, RebuildError, Rebuilt};
 use crate::supervisor::fleet::Fleet;
 use crate::supervisor::gate::ConnectGate;
 use crate::telemetry::clock::{Clock, SystemClock};
@@ -269,6 +270,26 @@ pub fn rotate_master_key(config: &Config) -> Result<String, StartError> {
 pub fn drop_old_master_keys(config: &Config) -> Result<usize, StartError> {
     let random = Random::from_system().map_err(part("randomness"))?;
     Ok(Store::drop_older_masters(&store_settings(config, Arc::new(random)))?)
+}
+
+/// Looks at every volume of a daemon that is down.
+///
+/// # Errors
+/// When it is not down, or there is no room for a copy.
+pub fn check_storage(config: &Config) -> Result<Vec<Checked>, RebuildError> {
+    storage::check(&store_settings(config, Arc::new(random_of_system()?)))
+}
+
+/// Builds one volume of a daemon that is down anew.
+///
+/// # Errors
+/// See [`RebuildError`].
+pub async fn rebuild_volume(config: &Config, name: &str, accept_loss: bool) -> Result<Rebuilt, RebuildError> {
+    storage::rebuild(&store_settings(config, Arc::new(random_of_system()?)), name, accept_loss).await
+}
+
+fn random_of_system() -> Result<Random, StoreError> {
+    Random::from_system().map_err(|error| StoreError::Failed(format!("randomness: {error}")))
 }
 
 /// What every number acts with.

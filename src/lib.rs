@@ -66,7 +66,8 @@
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
 //! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |
 //! | a power cut at any moment, and a disk that fails, lose nothing acknowledged | `store::tests::crashes` |
-//! | a full disk loses nothing, says so, and is left behind without a restart | `it::disk` |
+//! | a full or broken disk loses nothing, says so, and is left behind without a restart | `it::disk` |
+//! | a damaged volume is never deleted, touched again, or taken for a new one | `store::tests::damage`, `it::disk` |
 //! | nothing lies on disk in clear, no value can be moved, deletion is final | `it::sealing`, `store::tests::sealing` |
 //! | all of these when the process is killed at any place | `faults::kill` |
 //! | nothing is lost, doubled or reordered on a bad line | `faults::line` |

@@ -26,6 +26,9 @@ pub(super) enum Command {
     /// Change the master key that seals the data directory.
     #[command(subcommand)]
     Keys(KeysCommand),
+    /// Look at the volumes of a daemon that is down, and rebuild them.
+    #[command(subcommand)]
+    Storage(StorageCommand),
     /// Run the loopback WhatsApp.
     #[cfg(feature = "sandbox")]
     Sandbox {
@@ -61,6 +64,29 @@ pub(super) enum ConfigCommand {
     },
     /// Print every key with its default and its meaning.
     Defaults,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StorageCommand {
+    /// Read every volume, also those that were set aside, and say what is in it: works on copies, changes nothing.
+    /// Status 0 only if all of it can be read.
+    Check {
+        /// TOML file of the daemon.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// Build a volume anew. One that works only gives back the disk it wastes. One that was set aside keeps what can be
+    /// read of it, but not what must never go back in time: its numbers must be linked again. The damaged files stay.
+    Rebuild {
+        /// Its name, such as volume-00.
+        volume: String,
+        /// Do so although something of a damaged volume is lost. Without this it only says what would be.
+        #[arg(long)]
+        accept_loss: bool,
+        /// TOML file of the daemon.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use clap::Parser;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::arguments::{Arguments, Command, ConfigCommand, KeysCommand};
+use super::arguments::{Arguments, Command, ConfigCommand, KeysCommand, StorageCommand};
 use super::exit;
 use crate::config::sections::Config;
 use crate::daemon::{self, Daemon};
@@ -30,6 +30,7 @@ pub fn run() -> ExitCode {
             ExitCode::SUCCESS
         }
         Command::Keys(command) => keys(command),
+        Command::Storage(command) => storage(command),
         #[cfg(feature = "sandbox")]
         Command::Sandbox { listen, data, seed } => {
             sandbox(crate::sandbox::server::SandboxConfig { listen, data, seed })
@@ -88,6 +89,37 @@ fn keys(command: KeysCommand) -> ExitCode {
             exit::code(exit::UNAVAILABLE)
         }
     }
+}
+
+fn storage(command: StorageCommand) -> ExitCode {
+    let (StorageCommand::Check { config } | StorageCommand::Rebuild { config, .. }) = &command;
+    let config = match load(config.as_deref()) {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    block_on(async {
+        let sound = match command {
+            StorageCommand::Check { .. } => daemon::check_storage(&config).map(|volumes| {
+                volumes.iter().for_each(|volume| print(&format!("{volume}\n")));
+                volumes.iter().all(|volume| volume.is_sound())
+            }),
+            StorageCommand::Rebuild { volume, accept_loss, .. } => {
+                let rebuilt = daemon::rebuild_volume(&config, &volume, accept_loss).await;
+                rebuilt.map(|rebuilt| {
+                    print(&format!("{volume}: {rebuilt}\n"));
+                    true
+                })
+            }
+        };
+        match sound {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => exit::code(exit::UNAVAILABLE),
+            Err(error) => {
+                complain(&error.to_string());
+                exit::code(exit::UNAVAILABLE)
+            }
+        }
+    })
 }
 
 fn block_on(work: impl Future<Output = ExitCode>) -> ExitCode {

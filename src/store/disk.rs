@@ -112,7 +112,12 @@ pub(super) fn rewrite_log(path: &Path) -> io::Result<()> {
         return Err(error);
     }
     fs::rename(&copy, &log)?;
-    File::open(path)?.sync_all()
+    sync_dir(path)
+}
+
+/// Makes the names in a directory durable.
+pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
 }
 
 /// What a failed read or write means to the store.

@@ -42,6 +42,10 @@ pub enum StoreError {
     /// The disk said no. The volume is quarantined: nothing is written to it any more.
     #[error("the volume failed and is quarantined: {0}")]
     Failed(String),
+    /// What is on disk cannot be trusted. The volume's files were moved aside, and nothing takes their place until an
+    /// operator rebuilds it.
+    #[error("the volume is damaged and was set aside: {0}")]
+    Damaged(String),
     /// There is no room. The volume is quarantined until there is.
     #[error("the disk is full")]
     DiskFull,

@@ -21,9 +21,9 @@ use crate::telemetry::rng::Random;
 /// Volumes of a new data directory. A number's volume is a stored fact, so more can be added later.
 pub const VOLUMES: u8 = 4;
 /// Page cache of one volume, in bytes.
-const VOLUME_CACHE_BYTES: u64 = 64 * 1024 * 1024;
+pub(super) const VOLUME_CACHE_BYTES: u64 = 64 * 1024 * 1024;
 /// Page cache of the meta Db, in bytes.
-const META_CACHE_BYTES: u64 = 8 * 1024 * 1024;
+pub(super) const META_CACHE_BYTES: u64 = 8 * 1024 * 1024;
 /// Records removed per batch when a number is erased.
 const ERASE_ROWS: usize = 500;
 
@@ -101,7 +101,7 @@ impl std::fmt::Debug for Store {
 }
 
 /// Makes the directory if there is none, and holds it against other processes.
-fn lock(dir: &Path) -> Result<File, OpenError> {
+pub(super) fn lock(dir: &Path) -> Result<File, OpenError> {
     let io = |error| OpenError::Io { path: dir.to_owned(), error };
     fs::create_dir_all(dir).map_err(io)?;
     let lock = File::options().create(true).truncate(false).write(true).open(dir.join("lock")).map_err(io)?;
@@ -238,7 +238,7 @@ impl Store {
 }
 
 /// Bytes the files of a directory take on disk.
-fn size_of(dir: &Path) -> u64 {
+pub(super) fn size_of(dir: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(dir) else { return 0 };
     let sizes = entries.flatten().filter_map(|entry| entry.metadata().ok());
     sizes.map(|file| file.blocks() * 512).sum()

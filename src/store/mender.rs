@@ -142,7 +142,8 @@ impl Chart {
             );
             return;
         };
-        if now < next_try {
+        // One that was set aside waits for an operator.
+        if now < next_try || matches!(failure.error, StoreError::Damaged(_)) {
             return;
         }
         match volume.reopen() {

@@ -16,6 +16,7 @@ mod open;
 pub mod records;
 pub mod seal;
 pub mod secret_file;
+pub mod storage;
 mod sweep;
 #[cfg(test)]
 mod tests;

@@ -161,9 +161,12 @@ impl Volume {
     /// Opens a quarantined volume again from what is on disk. Blocks.
     ///
     /// # Errors
-    /// When there is still no room, or it does not open; it stays as it was then.
+    /// When there is still no room, or it does not open; it stays as it was then. One that was set aside never does.
     pub(super) fn reopen(&self) -> Result<(), StoreError> {
         let Some(failure) = self.failure() else { return Ok(()) };
+        if matches!(failure.error, StoreError::Damaged(_)) {
+            return Err(failure.error);
+        }
         let (settings, disk) = (&self.settings, &self.settings.disk);
         let refused = |error| super::disk::refused(&error);
         {

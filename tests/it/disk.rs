@@ -249,6 +249,66 @@ async fn a_disk_that_fails_to_sync_loses_nothing_and_is_left_behind_without_a_re
     assert_eq!(volumes_failed(&world).await, Vec::<String>::new());
 }
 
+/// Runs `switchboard storage …` on the data of a daemon that is down.
+fn storage(world: &World, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_switchboard"));
+    command.arg("storage").args(arguments).env("SWITCHBOARD__DATA__DIR", world.data());
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    println!("storage {arguments:?}: {:?}\n{said}", output.status.code());
+    (output.status.code(), said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_volume_is_set_aside_and_its_numbers_go_on_after_a_rebuild() {
+    let mut world = World::new().await;
+    let (_, tenant_key, numbers) = world.tenant("damage", &SHOPS).await;
+    for number in &numbers {
+        number.caller.send_text(CUSTOMER, &format!("from {}", number.phone), "first").await.unwrap();
+        world.webhook(number, "message.delivered", |_| true).await;
+    }
+    assert_eq!(world.daemon.as_mut().unwrap().terminate(), Some(0));
+    assert_eq!(storage(&world, &["check"]).0, Some(0));
+    std::fs::write(world.data().join("volume-00/conf"), "not a configuration").unwrap();
+
+    world.start_again();
+    let tenant = world.caller(&tenant_key).await;
+    until("the number says why", async || {
+        (world.number(&tenant, &numbers[0].id).await.reason == "STORE_FAILED").then_some(())
+    })
+    .await;
+    world.until_state(&tenant, &numbers[1].id, NumberState::Online).await;
+    let broken = world.caller(&numbers[0].key).await;
+    let refused = broken.send_text(CUSTOMER, "now", "now").await.unwrap_err();
+    assert_eq!(reason_of(&refused), "STORE_FAILED");
+    let refused = broken.messages().list_messages(proto::ListMessagesRequest::default()).await.unwrap_err();
+    assert_eq!(reason_of(&refused), "STORE_FAILED", "no empty history");
+    assert_eq!(volumes_failed(&world).await, ["volume-00"]);
+    assert_eq!(world.daemon.as_mut().unwrap().terminate(), Some(0));
+
+    let (status, said) = storage(&world, &["check"]);
+    assert!(status == Some(69) && said.contains("volume-00.damaged") && said.contains("DAMAGED"), "{said}");
+    let (status, said) = storage(&world, &["rebuild", "volume-00"]);
+    assert!(status == Some(69) && said.contains("--accept-loss"), "{said}");
+    let (status, said) = storage(&world, &["rebuild", "volume-00", "--accept-loss"]);
+    assert!(status == Some(0) && said.contains("1 numbers must be linked again"), "{said}");
+    assert!(world.data().join("volume-00.damaged").exists(), "nothing is deleted");
+
+    world.start_again();
+    let tenant = world.caller(&tenant_key).await;
+    let mut number = numbers[0].clone();
+    number.caller = world.caller(&number.key).await;
+    world.until_state(&tenant, &number.id, NumberState::Unlinked).await;
+    world.link(&tenant, &number).await;
+    let sent = number.caller.send_text(CUSTOMER, "here again", "again").await.unwrap();
+    world.webhook(&number, "message.delivered", |hook| hook.body.to_string().contains(&sent.id)).await;
+    let page =
+        number.caller.messages().list_messages(proto::ListMessagesRequest::default()).await.unwrap().into_inner();
+    let texts: Vec<_> = page.messages.iter().map(|message| message.text.as_str()).collect();
+    assert_eq!(texts, ["here again", &format!("from {}", number.phone)], "the history is still there");
+    assert_eq!(world.phones.stats().await.unwrap()["signal_keys_reused"], 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn below_the_low_water_mark_sends_are_refused_and_the_rest_goes_on() {
     // No file system has a terabyte more than it has.

@@ -2,6 +2,7 @@
 
 mod conformance;
 mod crashes;
+mod damage;
 mod growth;
 mod home;
 mod lying_disk;
