@@ -544,6 +544,46 @@ async fn what_was_not_made_durable_comes_again_after_a_reconnect() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_lost_between_the_saved_ratchet_and_its_copy_is_asked_for_again() {
+    let world = World::start("lost").await;
+    let mut alice = world.paired(1, ALICE, false).await;
+    let write = format!("/admin/mock-phone/send?from={BOB}&to={ALICE}");
+    world.post(&write, "before").await;
+    alice.hear("before").await;
+    world.post(&write, "lost").await;
+    let held = loop {
+        let event = timeout(PATIENCE, alice.events.recv()).await.unwrap().unwrap();
+        if let SessionEvent::Inbound { durable, .. } = event {
+            break durable;
+        }
+    };
+    // Nobody makes it durable; the end of the session saves the ratchet that opened it.
+    alice.close().await;
+    drop(held);
+    let rows = alice.store.scan(Tag::PendingInbound, &[], None, Order::Ascending, 100).await.unwrap();
+    assert!(!rows.is_empty());
+    let mut unit = Unit::durable();
+    for (rest, _) in rows {
+        unit.delete(Tag::PendingInbound, rest);
+    }
+    alice.store.commit(unit).await.unwrap();
+
+    alice.connect();
+    alice.online().await;
+    alice.hear("lost").await;
+    assert_eq!(world.stats().await["retry_receipts"], 1, "its sender was asked");
+    alice.close().await;
+    alice.connect();
+    alice.online().await;
+    world.post(&write, "after").await;
+    alice.hear("after").await;
+    assert!(alice.inbox.is_empty(), "nothing came twice");
+    assert_eq!(world.stats().await["retry_receipts"], 1);
+    alice.close().await;
+    world.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_phone_is_refused_and_the_right_one_can_still_scan() {
     let world = World::start("wrong").await;
     let mut alice = Number::new(&world, ALICE, world.claim(1).await);

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 use whatsapp_rust::types::events::{InboundMessage, Subscription};
 use whatsapp_rust::wacore::iq::keepalive::KeepaliveSpec;
-use whatsapp_rust::{Client, RawNodeLease};
+use whatsapp_rust::{Client, RawNodeLease, RetryRequestOptions};
 
 use super::backend::{LinkBackend, forget_device, is_linked};
 use super::client::{self, Parts};
@@ -52,6 +52,8 @@ const ASK_AFTER: Duration = Duration::from_secs(40);
 const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(75);
 /// Questions of ours that are open at once.
 const QUESTIONS_MAX: usize = 2;
+/// Lost messages that are asked for at once.
+const LOST_AT_ONCE_MAX: usize = 16;
 /// Longest wait for the answer to our own question.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 /// Longest polite disconnect; the library flushes for up to 10 s inside.
@@ -60,8 +62,8 @@ const DISCONNECT_WITHIN: Duration = Duration::from_secs(15);
 const LOGOUT_WITHIN: Duration = Duration::from_secs(20);
 /// How long `run()` may take to return once its client is shut down and its socket is closed.
 const RUN_ENDS_WITHIN: Duration = Duration::from_secs(5);
-/// How long tasks of the library may take to notice the end before they are aborted. Not shorter: one may hold a message
-/// whose ratchet is flushed and whose buffered copy is not written yet; aborted there, the message is lost.
+/// How long tasks of the library may take to notice the end before they are aborted. One that holds a message whose
+/// ratchet is saved and whose copy is not would cost a repeat by its sender.
 const TASKS_END_WITHIN: Duration = Duration::from_secs(2);
 /// How long sends in flight may take at the end.
 const SENDS_END_WITHIN: Duration = Duration::from_secs(2);
@@ -107,7 +109,12 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
     pumping.spawn(pump(signals.clone(), entries, events, last).instrument(span.clone()));
 
     let failed = signals.clone();
-    let backend = LinkBackend::new(store.clone(), Box::new(move || failed.end(CloseReason::StoreFailed)));
+    let lost = signals.clone();
+    let backend = LinkBackend::new(
+        store.clone(),
+        Box::new(move || failed.end(CloseReason::StoreFailed)),
+        Box::new(move |id| lost.lose(id)),
+    );
     signals.attach_backend(&backend);
     let panicked = signals.clone();
     let parts = Parts {
@@ -153,7 +160,7 @@ async fn live(
     let Some(version) = parts.environment.client_version().await else {
         return CloseReason::Unreachable;
     };
-    let Ok(left) = parts.backend.asked().await else {
+    let (Ok(left), Ok(_)) = (parts.backend.asked().await, parts.backend.sweep_pending(0).await) else {
         return CloseReason::StoreFailed;
     };
     parts.signals.expect_confirmation(&left);
@@ -292,7 +299,29 @@ impl Connection<'_> {
                 self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
             }
         }
+        self.ask_for_lost();
         self.announce().await
+    }
+
+    /// Asks the senders of messages that a crash has lost. They stay unacknowledged, so what is not asked now is asked
+    /// on the next connection.
+    fn ask_for_lost(&mut self) {
+        for stanza in self.signals().take_lost() {
+            while self.asking.try_join_next().is_some() {}
+            if self.asking.len() >= QUESTIONS_MAX + LOST_AT_ONCE_MAX {
+                return;
+            }
+            let client = self.client.clone();
+            let ask = async move {
+                let asked = client.request_message_retry(stanza.get(), RetryRequestOptions::new());
+                let asked = timeout(ANSWER_WITHIN, Box::pin(asked)).await;
+                tracing::warn!(
+                    asked = matches!(asked, Ok(Ok(_))),
+                    "a crash has lost a message, its sender is asked again"
+                );
+            };
+            self.asking.spawn(Box::pin(ask).instrument(self.span.clone()));
+        }
     }
 
     /// Tells that the phone accepted us, once the credentials are on disk.
@@ -398,6 +427,7 @@ impl Connection<'_> {
         if !self.signals().is_online() {
             return None;
         }
+        self.signals().forget_stanzas();
         let silence = self.signals().silence()?;
         if silence >= UNRESPONSIVE_AFTER {
             return Some(CloseReason::Unresponsive);

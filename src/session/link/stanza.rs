@@ -95,6 +95,11 @@ pub(super) fn is_answer(node: &NodeRef<'_>) -> bool {
     }
 }
 
+/// Whether the stanza is a message that waited for this connection: the only ones that may have come before.
+pub(super) fn is_delivered_again(node: &NodeRef<'_>) -> bool {
+    node.tag.as_ref() == "message" && node.get_attr("offline").is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,11 +1,17 @@
 //! Two buffers the library reads back: plain text of what we sent (answers retry receipts) and messages between
 //! decryption and the durability hook. Both have an age after which the library sweeps them.
 
+use std::collections::VecDeque;
+use std::sync::{MutexGuard, PoisonError};
+
 use super::{LibraryResult, LinkBackend, SWEEP_ROWS_MAX, kind_key, leading_seconds, put, seconds_key};
+use crate::session::link::contact::contact_of;
 use crate::store::key::Tag;
 use crate::store::number_store::{Order, SCAN_ROWS_MAX};
 use crate::store::unit::{Durability, Op, UNIT_BYTES_MAX, Unit};
 use crate::telemetry::failpoint::{self, Failpoint};
+use whatsapp_rust::Jid;
+use whatsapp_rust::wacore::store::error::StoreError as LibraryError;
 use whatsapp_rust::wacore::store::traits::{PendingInboundKey, PendingInboundRow};
 use whatsapp_rust::wacore::time::now_secs;
 
@@ -13,6 +19,48 @@ const SENT: u8 = 0;
 const SENT_BY_TIME: u8 = 1;
 /// Largest pending message that is buffered. WhatsApp's own clients make nothing near it.
 const PENDING_BYTES_MAX: usize = UNIT_BYTES_MAX - 64 * 1024;
+
+/// How long a message that was taken in stays marked. WhatsApp delivers again what it has no acknowledgement for, which
+/// shows when the connection ends; a dead one ends within 90 s.
+const MARK_KEPT_SECONDS: i64 = 600;
+/// Marks of one session; the oldest go first.
+const MARKS_MAX: usize = 256;
+
+/// A row between decryption and acknowledgement.
+enum Pending<'a> {
+    /// A copy of the message, made at this time.
+    Copy(i64, &'a [u8]),
+    /// The message is in the history since this time.
+    TakenIn(i64),
+}
+
+impl<'a> Pending<'a> {
+    fn read(value: &'a [u8]) -> Self {
+        match leading_seconds(value) {
+            Some((at, [])) => Self::TakenIn(at),
+            Some((at, message)) => Self::Copy(at, message),
+            None => Self::TakenIn(0),
+        }
+    }
+}
+
+/// Takes out the marks that are too old or too many.
+fn outlived(taken_in: &mut VecDeque<(i64, Vec<u8>)>, now: i64) -> Vec<Op> {
+    let mut ops = Vec::new();
+    while let Some((at, _)) = taken_in.front() {
+        if taken_in.len() <= MARKS_MAX && *at >= now - MARK_KEPT_SECONDS {
+            break;
+        }
+        let gone = taken_in.pop_front();
+        ops.extend(gone.map(|(_, rest)| Op::Delete { tag: Tag::PendingInbound, rest }));
+    }
+    ops
+}
+
+/// Whether a chat is one between two people: only those are in the history.
+fn is_person(chat: &str) -> bool {
+    chat.parse::<Jid>().is_ok_and(|jid| contact_of([&jid]).is_some())
+}
 
 impl LinkBackend {
     /// The row rides along although a retry receipt may need it after a crash: the acknowledgement that ends our
@@ -94,28 +142,60 @@ impl LinkBackend {
         written
     }
 
+    /// Asked by the library when a message arrives whose ratchet has already moved past it. Without a copy it would
+    /// acknowledge the message as known, and with a mark that is right. With neither, a crash came between the saved
+    /// ratchet and the copy: the message is nowhere, so it must not be acknowledged, and its sender is asked for it.
     pub(super) async fn pending(&self, chat: &str, sender: &str, id: &str) -> LibraryResult<Option<Vec<u8>>> {
         let stored = self.get(Tag::PendingInbound, &self.pending_key(chat, sender, id)).await?;
-        Ok(stored.as_deref().and_then(leading_seconds).map(|(_, message)| message.to_vec()))
+        match stored.as_deref().map(Pending::read) {
+            Some(Pending::Copy(_, message)) => Ok(Some(message.to_vec())),
+            Some(Pending::TakenIn(_)) => Ok(None),
+            None if is_person(chat) => {
+                (self.on_loss)(id);
+                Err(LibraryError::Validation("a message was opened and lost in a crash".to_owned()))
+            }
+            None => Ok(None),
+        }
     }
 
-    /// A row that survives its own deletion is delivered again and recognised as known.
+    /// The messages are in the history. What is left of each is a mark, for as long as it may come again. A copy that
+    /// survives is delivered again and recognised as known; a mark that does not survive costs a repeat.
     pub(super) async fn forget_pending(&self, keys: &[PendingInboundKey<'_>]) -> LibraryResult<()> {
-        let row = |key: &PendingInboundKey<'_>| Op::Delete {
-            tag: Tag::PendingInbound,
-            rest: self.pending_key(key.chat, key.sender, key.id),
-        };
+        let ops = self.marks_for(keys, now_secs());
         failpoint::reach(Failpoint::PendingGone);
-        self.commit_rows(keys.iter().map(row).collect(), Durability::RidesAlong).await
+        self.commit_rows(ops, Durability::RidesAlong).await
     }
 
-    pub(super) async fn sweep_pending(&self, cutoff: i64) -> LibraryResult<u32> {
-        // Usually empty: rows live from decryption to the hook's return.
+    fn marks_for(&self, keys: &[PendingInboundKey<'_>], now: i64) -> Vec<Op> {
+        let mut taken_in = self.taken_in();
+        let mut ops = Vec::with_capacity(keys.len() * 2);
+        for key in keys {
+            let rest = self.pending_key(key.chat, key.sender, key.id);
+            ops.push(put(Tag::PendingInbound, rest.clone(), seconds_key(now).to_vec()));
+            taken_in.push_back((now, rest));
+        }
+        ops.extend(outlived(&mut taken_in, now));
+        ops
+    }
+
+    fn taken_in(&self) -> MutexGuard<'_, VecDeque<(i64, Vec<u8>)>> {
+        self.taken_in.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes marks that are not needed any more, those of earlier sessions included, and copies from before `cutoff`.
+    pub(in crate::session::link) async fn sweep_pending(&self, cutoff: i64) -> LibraryResult<u32> {
+        let now = now_secs();
+        let marks = outlived(&mut self.taken_in(), now);
+        self.commit_rows(marks, Durability::RidesAlong).await?;
         let rows = self.scan(Tag::PendingInbound, &[], None, Order::Ascending, SCAN_ROWS_MAX).await?;
         let mut unit = Unit::rides_along();
         let mut deleted = 0;
         for (rest, value) in rows {
-            if leading_seconds(&value).is_none_or(|(at, _)| at < cutoff) {
+            let is_old = match Pending::read(&value) {
+                Pending::Copy(at, _) => at < cutoff,
+                Pending::TakenIn(at) => at < now - MARK_KEPT_SECONDS,
+            };
+            if is_old {
                 unit.delete(Tag::PendingInbound, rest);
                 deleted += 1;
             }

@@ -12,6 +12,7 @@ mod signal;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,6 +37,8 @@ const LIST_PAGES_MAX: usize = 1000;
 
 /// Called once when a write failed.
 pub(super) type OnFailure = Box<dyn Fn() + Send + Sync>;
+/// Called with the WhatsApp id of a message that a crash has lost.
+pub(super) type OnLoss = Box<dyn Fn(&str) + Send + Sync>;
 
 /// One number's storage as the library sees it.
 pub(super) struct LinkBackend {
@@ -44,11 +47,21 @@ pub(super) struct LinkBackend {
     merging: Mutex<()>,
     sealed: AtomicBool,
     on_failure: OnFailure,
+    on_loss: OnLoss,
+    /// When messages of this session were taken in, and the keys of their marks; oldest first.
+    taken_in: std::sync::Mutex<VecDeque<(i64, Vec<u8>)>>,
 }
 
 impl LinkBackend {
-    pub(super) fn new(store: NumberStore, on_failure: OnFailure) -> Arc<Self> {
-        Arc::new(Self { store, merging: Mutex::new(()), sealed: AtomicBool::new(false), on_failure })
+    pub(super) fn new(store: NumberStore, on_failure: OnFailure, on_loss: OnLoss) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            merging: Mutex::new(()),
+            sealed: AtomicBool::new(false),
+            on_failure,
+            on_loss,
+            taken_in: std::sync::Mutex::default(),
+        })
     }
 
     /// From now on nothing is written, without the store counting as failed: what the client still holds in

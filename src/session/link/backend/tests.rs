@@ -29,6 +29,7 @@ struct Home {
     store: Store,
     number: NumberStore,
     failures: Arc<AtomicU32>,
+    losses: Arc<AtomicU32>,
 }
 
 impl Home {
@@ -48,15 +49,18 @@ impl Home {
         };
         store.meta().create_number(record, Vec::new()).await.unwrap();
         let number = store.claim(NumberId(1), 0).await.unwrap();
-        Self { dir, store, number, failures: Arc::default() }
+        Self { dir, store, number, failures: Arc::default(), losses: Arc::default() }
     }
 
     fn backend(&self) -> Arc<LinkBackend> {
-        let failures = self.failures.clone();
+        let (failures, losses) = (self.failures.clone(), self.losses.clone());
         LinkBackend::new(
             self.number.clone(),
             Box::new(move || {
                 failures.fetch_add(1, Ordering::SeqCst);
+            }),
+            Box::new(move |_| {
+                losses.fetch_add(1, Ordering::SeqCst);
             }),
         )
     }
@@ -315,6 +319,27 @@ async fn pending_messages_are_kept_per_chat_sender_and_id() {
     let now = whatsapp_rust::wacore::time::now_secs();
     assert_eq!(backend.delete_expired_pending_inbound(now - 60).await.unwrap(), 0);
     assert_eq!(backend.delete_expired_pending_inbound(now + 60).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_message_without_copy_and_mark_is_lost_and_not_known() {
+    let home = Home::open("lost").await;
+    let backend = home.backend();
+    let (chat, group) = ("5511987654321@s.whatsapp.net", "1-2@g.us");
+    backend.store_pending_inbound(chat, chat, "taken-in", b"m").await.unwrap();
+    backend.delete_pending_inbound(chat, chat, "taken-in").await.unwrap();
+    assert_eq!(backend.get_pending_inbound(chat, chat, "taken-in").await.unwrap(), None, "known");
+    assert_eq!(backend.get_pending_inbound(group, chat, "lost").await.unwrap(), None, "not for the history");
+    assert_eq!(home.losses.load(Ordering::SeqCst), 0);
+    assert!(backend.get_pending_inbound(chat, chat, "lost").await.is_err(), "must not be acknowledged");
+    assert_eq!(home.losses.load(Ordering::SeqCst), 1);
+    assert_eq!(home.failures.load(Ordering::SeqCst), 0, "the store is fine");
+
+    for id in 0..300 {
+        backend.delete_pending_inbound(chat, chat, &id.to_string()).await.unwrap();
+    }
+    let marks = home.number.scan(Tag::PendingInbound, &[], None, Order::Ascending, 1000).await.unwrap();
+    assert_eq!(marks.len(), 256, "no more marks than that");
 }
 
 #[tokio::test]
