@@ -306,14 +306,15 @@ impl Connection<'_> {
     /// Asks the senders of messages that a crash has lost. They stay unacknowledged, so what is not asked now is asked
     /// on the next connection.
     fn ask_for_lost(&mut self) {
-        for stanza in self.signals().take_lost() {
+        for stanza in self.signals().backlog.take_lost() {
             while self.asking.try_join_next().is_some() {}
             if self.asking.len() >= QUESTIONS_MAX + LOST_AT_ONCE_MAX {
                 return;
             }
             let client = self.client.clone();
             let ask = async move {
-                let asked = client.request_message_retry(stanza.get(), RetryRequestOptions::new());
+                let stanza = stanza.as_node_ref();
+                let asked = client.request_message_retry(&stanza, RetryRequestOptions::new());
                 let asked = timeout(ANSWER_WITHIN, Box::pin(asked)).await;
                 tracing::warn!(
                     asked = matches!(asked, Ok(Ok(_))),
@@ -427,7 +428,7 @@ impl Connection<'_> {
         if !self.signals().is_online() {
             return None;
         }
-        self.signals().forget_stanzas();
+        self.signals().backlog.forget_waited();
         let silence = self.signals().silence()?;
         if silence >= UNRESPONSIVE_AFTER {
             return Some(CloseReason::Unresponsive);

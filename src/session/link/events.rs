@@ -60,10 +60,8 @@ impl Handler {
     fn handle(&self, event: &Event) {
         match event {
             Event::RawNode(node) => {
+                self.signals.backlog.hear(node);
                 self.stanza(node.get());
-                if stanza::is_delivered_again(node.get()) {
-                    self.signals.keep_stanza(node);
-                }
             }
             Event::Connected(_) => self.signals.go_online(),
             Event::Disconnected(disconnected) => self.disconnected(disconnected),

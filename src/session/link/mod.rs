@@ -2,6 +2,7 @@
 //! transport, storage, HTTP client and runtime. The library's types never leave this folder.
 
 mod backend;
+mod backlog;
 mod barrier;
 mod client;
 mod contact;

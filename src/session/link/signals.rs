@@ -2,7 +2,7 @@
 //! answered, and the one queue through which everything reaches the number. Handlers of the library run
 //! synchronously and must only ever touch this.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -13,9 +13,9 @@ use whatsapp_rust::Client;
 use whatsapp_rust::Jid;
 use whatsapp_rust::store::persistence_manager::PersistenceManager;
 use whatsapp_rust::types::events::InboundMessage;
-use whatsapp_rust::wacore_binary::OwnedNodeRef;
 
 use super::backend::LinkBackend;
+use super::backlog::Backlog;
 use super::barrier::Barrier;
 use super::repeats::{ASKED_MAX, Asked, AskedName};
 use super::stanza::Certainty;
@@ -31,10 +31,6 @@ pub(super) const QUEUE_MAX: usize = 1024;
 pub(super) const RECOVERED_MAX: usize = 64;
 /// Shortest time between two `Alive` events: the number wants to know that it lives, not every beat.
 const ALIVE_EVERY: Duration = Duration::from_secs(25);
-
-/// Stanzas with messages that waited for this connection, kept until it is known that they were not lost. The library
-/// reads ahead less than that.
-const STANZAS_KEPT: usize = 512;
 
 /// How long anything may wait with being written because what was heard is not durable yet.
 const HEARD_WITHIN: Duration = Duration::from_secs(30);
@@ -91,10 +87,8 @@ pub(super) struct Signals {
     dropped: AtomicU64,
     receipts: Barrier,
     repeats: Barrier,
-    /// The newest messages that waited for this connection.
-    waited: Mutex<VecDeque<Arc<OwnedNodeRef>>>,
-    /// Those of them that a crash has lost.
-    lost: Mutex<Vec<Arc<OwnedNodeRef>>>,
+    /// Messages that were heard and are not decrypted.
+    pub(super) backlog: Backlog,
     /// Requests for a repeat that are on disk, or on their way there.
     asked: Mutex<HashSet<AskedName>>,
     queue: mpsc::Sender<Queued>,
@@ -122,8 +116,7 @@ impl Signals {
             receipts: Barrier::default(),
             repeats: Barrier::default(),
             asked: Mutex::default(),
-            waited: Mutex::default(),
-            lost: Mutex::default(),
+            backlog: Backlog::default(),
             queue,
             recovered,
             client: OnceLock::new(),
@@ -373,34 +366,10 @@ impl Signals {
         }
     }
 
-    /// Keeps a message that waited for this connection, in case it was lost.
-    pub(super) fn keep_stanza(&self, stanza: &Arc<OwnedNodeRef>) {
-        let mut waited = self.waited.lock().unwrap_or_else(PoisonError::into_inner);
-        if waited.len() >= STANZAS_KEPT {
-            waited.pop_front();
-        }
-        waited.push_back(stanza.clone());
-    }
-
-    /// What waited for this connection has been looked at. A lost message among what has not comes again.
-    pub(super) fn forget_stanzas(&self) {
-        *self.waited.lock().unwrap_or_else(PoisonError::into_inner) = VecDeque::new();
-    }
-
     /// A crash has lost this message: its sender must be asked for it.
     pub(super) fn lose(&self, whatsapp_id: &str) {
-        let mut waited = self.waited.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_it =
-            |stanza: &Arc<OwnedNodeRef>| stanza.get().get_attr("id").is_some_and(|id| id.as_str() == whatsapp_id);
-        let found = waited.iter().position(is_it).and_then(|index| waited.remove(index));
-        drop(waited);
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
+        self.backlog.lose(whatsapp_id);
         self.wake.notify_one();
-    }
-
-    /// Messages that a crash has lost, since the last call.
-    pub(super) fn take_lost(&self) -> Vec<Arc<OwnedNodeRef>> {
-        std::mem::take(&mut *self.lost.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// What follows from the oldest request for a repeat that was not durable is.

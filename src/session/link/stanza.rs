@@ -95,9 +95,14 @@ pub(super) fn is_answer(node: &NodeRef<'_>) -> bool {
     }
 }
 
-/// Whether the stanza is a message that waited for this connection: the only ones that may have come before.
-pub(super) fn is_delivered_again(node: &NodeRef<'_>) -> bool {
-    node.tag.as_ref() == "message" && node.get_attr("offline").is_some()
+/// Whether the stanza carries a message.
+pub(super) fn is_message(node: &NodeRef<'_>) -> bool {
+    node.tag.as_ref() == "message"
+}
+
+/// Whether a message waited for this connection: only such a one may have come before.
+pub(super) fn is_delivered_again(message: &NodeRef<'_>) -> bool {
+    message.get_attr("offline").is_some()
 }
 
 #[cfg(test)]

@@ -15,7 +15,7 @@ use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
@@ -30,6 +30,8 @@ use super::signals::Signals;
 
 /// Frames read and not yet taken by the client; a slow client slows the socket down instead of filling memory.
 const EVENTS_MAX: usize = 64;
+/// How often a reader that has stopped looks for room.
+const ROOM_EVERY: Duration = Duration::from_millis(20);
 /// tungstenite allocates this at once; its default of 128 KiB is 1.2 GiB for ten thousand numbers.
 const READ_BUFFER_BYTES: usize = 4096;
 /// Largest WebSocket frame: WhatsApp's own frames are below 16 MiB (three length bytes).
@@ -208,7 +210,7 @@ impl TransportFactory for LinkTransportFactory {
         });
         *lock(&self.slot.current) = Arc::downgrade(&transport);
         let stream = Half { half: stream, lease };
-        self.runtime.spawn_detached(Box::pin(read(stream, events, closed)));
+        self.runtime.spawn_detached(Box::pin(read(stream, events, closed, self.signals.clone())));
         Ok((transport, received))
     }
 }
@@ -277,10 +279,25 @@ fn heard(message: Option<Result<Message, WsError>>) -> Heard {
     }
 }
 
+/// Gives what was read to the client, once there is room for the messages in it. A client that never gets there is
+/// unresponsive, and its connection ends for that.
+async fn hand_on(data: Bytes, events: &Sender<TransportEvent>, signals: &Signals) -> bool {
+    let mut stopped = false;
+    while signals.backlog.is_crowded(stopped) {
+        if !stopped {
+            tracing::warn!("messages arrive faster than they become durable: reading stops for a while");
+            stopped = true;
+        }
+        sleep(ROOM_EVERY).await;
+    }
+    events.send(TransportEvent::DataReceived(data)).await.is_ok()
+}
+
 async fn read(
     mut stream: Half<SplitStream<Socket>>,
     events: Sender<TransportEvent>,
     mut closing: watch::Receiver<Closing>,
+    signals: Arc<Signals>,
 ) {
     let until_stopped = stopped(&mut closing);
     tokio::pin!(until_stopped);
@@ -306,7 +323,7 @@ async fn read(
         let taken = tokio::select! {
             biased;
             () = &mut until_stopped => false,
-            sent = events.send(TransportEvent::DataReceived(data)) => sent.is_ok(),
+            sent = hand_on(data, &events, &signals) => sent,
         };
         if !taken {
             stream.ended(false);
