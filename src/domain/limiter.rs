@@ -150,12 +150,13 @@ pub enum NewChats {
 }
 
 impl NewChats {
-    /// Held from now on because WhatsApp refused one; an earlier hold is not made shorter.
+    /// Held from now on because WhatsApp refused one; an earlier hold is not made shorter. A refusal for the reason for
+    /// which they are held is of a message that had left before, or of a chat that goes on: it says nothing new.
     #[must_use]
     pub fn refused(self, reason: LockReason, now: Timestamp) -> Self {
         let until = now.after(HOLD_DEFAULT);
         match self {
-            Self::Held { until: before, .. } if before > until => self,
+            Self::Held { until: before, reason: known } if before > until || (known == reason && before > now) => self,
             _ => Self::Held { until, reason },
         }
     }
@@ -361,6 +362,10 @@ mod tests {
         assert_eq!(until(held.explained(LockAnswer::None, now)), now.after(HOLD_UNEXPLAINED));
         let long = held.explained(LockAnswer::Until(now.after(HOLD_MAX)), now);
         assert_eq!(long.refused(LockReason::NewChatCap, hour), long, "never made shorter by a refusal");
+        let known = held.explained(LockAnswer::Until(hour), now);
+        assert_eq!(known.refused(LockReason::ReachOutLock, Timestamp(hour.0 - 1)), known, "what it said still holds");
+        assert_eq!(until(known.refused(LockReason::ReachOutLock, hour)), hour.after(HOLD_DEFAULT));
+        assert_eq!(until(known.refused(LockReason::NewChatCap, now)), now.after(HOLD_DEFAULT));
         let cap = NewChats::Probing.refused(LockReason::NewChatCap, now);
         assert_eq!(cap.explained(LockAnswer::None, now), cap, "the lock says nothing of the cap");
         assert_eq!(held.at(now.after(HOLD_DEFAULT)), NewChats::Probing);

@@ -58,6 +58,7 @@ struct Hold {
 }
 
 const HOUR: u64 = 3_600_000;
+const MINUTE: u64 = 60_000;
 const WEEK: u64 = 7 * 24 * HOUR;
 
 /// After this moment a message is not sent.
@@ -493,7 +494,8 @@ impl Promises {
         let lock = error == Some(463);
         if lock || error == Some(475) {
             let until = now + 24 * HOUR;
-            if self.holds.last().is_none_or(|hold| hold.until <= until) {
+            let known = self.holds.last().is_some_and(|hold| hold.lock == lock && hold.until > now);
+            if !known && self.holds.last().is_none_or(|hold| hold.until <= until) {
                 self.holds.push(Hold { until, lock });
             }
         }
@@ -503,7 +505,7 @@ impl Promises {
     pub(crate) fn lock_told(&mut self, answer: LockAnswer, now: u64) {
         if self.holds.last().is_some_and(|hold| hold.lock && hold.until > now) {
             let until = match answer {
-                LockAnswer::Until(at) => at.0,
+                LockAnswer::Until(at) => at.0.max(now + MINUTE),
                 LockAnswer::Open => now + 24 * HOUR,
                 LockAnswer::None => now + HOUR,
             };
@@ -634,10 +636,10 @@ impl Promises {
         // A word that had not reached the disk is forgotten; the one before it counts again.
         match durable.limiter.new_chats {
             NewChats::Held { until, .. } => {
-                while self.holds.last().is_some_and(|hold| hold.until > until.0) {
+                while self.holds.last().is_some_and(|hold| hold.until != until.0) {
                     self.holds.pop();
                 }
-                assert!(!self.holds.is_empty(), "the hold on disk is shorter than any that was told");
+                assert!(!self.holds.is_empty(), "the hold on disk is none that was told");
             }
             NewChats::Allowed | NewChats::Probing => self.holds.clear(),
         }
