@@ -132,12 +132,14 @@ impl Number {
         // One step makes two commits at most.
         self.retaining.chat_used(chat, Ticket(self.next_ticket + 1));
         let all_fresh = addresses.iter().all(|address| fresh(address).is_some());
-        if all_fresh {
+        // An address alone may have led to another chat when it was fresh: then this one may have been forgotten since.
+        if all_fresh && addresses.iter().any(|address| fresh(address) == Some(chat)) {
             return chat;
         }
         // Also one that the disk knows by this address: the chat itself may have been forgotten, or another address of
         // it be new. Once in this process is enough.
         for address in addresses {
+            self.fresh_chats.retain(|(known, _)| *known != address);
             if self.fresh_chats.len() >= FRESH_CHATS_MAX {
                 self.fresh_chats.pop_front();
             }
