@@ -164,6 +164,44 @@ async fn the_cap_on_new_chats_holds_them_for_a_day_and_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lock_on_new_chats_ends_when_whatsapp_says_and_one_message_looks_first() {
+    let world = World::with(&[AWAKE]).await;
+    let (tenant, _, numbers) = world.tenant("lock", &[SHOP]).await;
+    let shop = &numbers[0];
+    // Slow answers: both are on their way when the first one is refused.
+    let nack = json!({"code": 463, "count": 3});
+    world.fault(&json!({"phone": SHOP, "nack": nack, "locked_for": 7200, "delay_ms": 200})).await;
+    let mut sent = Vec::new();
+    for person in [ANA, BEA] {
+        sent.push(shop.caller.send_text(person, "hello stranger", "").await.unwrap().id);
+    }
+    let held = async |least: i64| {
+        until("it is held as long as WhatsApp says", async || {
+            let number = world.number(&tenant, &shop.id).await;
+            let until = number.new_chats_held_until.map_or(0, |until| until.seconds);
+            (number.new_chats_held_reason == "REACH_OUT_LOCK" && (least..least + 600).contains(&until)).then_some(())
+        })
+        .await;
+    };
+    let now = jiff::Timestamp::now().as_second();
+    until("both are refused", async || (count(&world, "nacks").await == 2).then_some(())).await;
+    held(now + 7200 - 60).await;
+    world.fault(&json!({"phone": SHOP, "delay_ms": 0})).await;
+    world.put_clock_forward(7260).await;
+    until("one looked", async || (count(&world, "nacks").await == 3).then_some(())).await;
+    // By the sandbox's clock the lock ends in the past; a hold lasts a minute at least.
+    held(now + 7260 + 60).await;
+    world.put_clock_forward(7260).await;
+    for id in &sent {
+        until_status(&shop.caller, id, MessageStatus::Delivered).await;
+    }
+    for person in [ANA, BEA] {
+        assert_eq!(shown(&world, person, "hello stranger").await, (1, 1));
+    }
+    assert_eq!(count(&world, "nacks").await, 3, "the other one did not try meanwhile");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_an_answer_it_reconnects_and_sends_again_under_the_same_id() {
     let world = World::with(&[AWAKE]).await;
     let (_, _, numbers) = world.tenant("no-answer", &[SHOP]).await;

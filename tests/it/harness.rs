@@ -47,7 +47,13 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    pub(crate) fn start(directory: &Directory, ws_url: &str, settings: &[(&str, &str)]) -> Self {
+    /// Starts it, to die at a failpoint if one is given.
+    pub(crate) fn start(
+        directory: &Directory,
+        ws_url: &str,
+        settings: &[(&str, &str)],
+        failpoint: Option<&str>,
+    ) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_switchboard"));
         command.arg("serve").stderr(Stdio::piped()).stdin(Stdio::null());
         let defaults = [
@@ -66,6 +72,9 @@ impl Daemon {
         }
         for (key, value) in settings {
             command.env(format!("SWITCHBOARD__{key}"), value);
+        }
+        if let Some(failpoint) = failpoint {
+            command.env("SWITCHBOARD_FAILPOINT", failpoint);
         }
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -98,6 +107,11 @@ impl Daemon {
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Whether it has died by itself.
+    pub(crate) fn is_dead(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     /// SIGTERM, and the exit status.
@@ -134,7 +148,7 @@ impl World {
         let directory = Directory::new();
         let listen = vec!["127.0.0.1:0".parse().unwrap()];
         let sandbox = Sandbox::start(SandboxConfig { listen, data: None, seed: 7 }).await.unwrap();
-        let daemon = Daemon::start(&directory, &sandbox.ws_url(), settings);
+        let daemon = Daemon::start(&directory, &sandbox.ws_url(), settings, None);
         let key = std::fs::read_to_string(directory.0.join("data/keys/operator.key")).unwrap();
         let operator = Caller::connect(daemon.api, key.trim()).await.unwrap();
         let phones = Phones { sandbox: sandbox.addr() };
@@ -163,7 +177,12 @@ impl World {
     }
 
     pub(crate) fn start_again(&mut self) {
-        self.daemon = Some(Daemon::start(&self.directory, &self.sandbox.ws_url(), &self.settings));
+        self.start_to_die_at(None);
+    }
+
+    /// Starts it on the same data, to die at a failpoint.
+    pub(crate) fn start_to_die_at(&mut self, failpoint: Option<&str>) {
+        self.daemon = Some(Daemon::start(&self.directory, &self.sandbox.ws_url(), &self.settings, failpoint));
     }
 
     pub(crate) async fn caller(&self, key: &str) -> Caller {

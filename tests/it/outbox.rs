@@ -221,7 +221,9 @@ async fn a_repeated_request_gets_its_answer_after_a_kill_and_after_its_deadline(
     assert_eq!(again["id"], first["id"]);
     for (text, until) in [("other", deadline.clone()), ("once", in_seconds(60))] {
         let refused = ask(&world, text, &until).await;
-        assert!(matches!(refused, Err(CallError::Status { status: 409, .. })), "{refused:?}");
+        let Err(CallError::Status { status: 409, body }) = refused else { panic!("{refused:?}") };
+        let body: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(body["code"], "REQUEST_ID_REUSED");
     }
     assert!(world.copies(ANA, "once").await <= 1);
 }

@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 
 use switchboard::api::grpc::proto::NumberState;
+use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use crate::harness::{World, until};
 
@@ -59,6 +61,46 @@ async fn nothing_accepted_is_lost_or_shown_twice_when_killed_in_the_middle() {
     assert_eq!(shown, accepted, "in order, each once");
     assert_eq!(shown.iter().collect::<HashSet<_>>().len(), shown.len());
     assert_eq!(world.phones.stats().await.unwrap()["signal_keys_reused"], 0);
+}
+
+/// Between a caller's question and its answer, before and after the message is on disk.
+const ANSWER_LOST_AT: [&str; 3] = ["accept-before-durable", "accept-after-durable", "accept-before-reply"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_whose_answer_died_with_the_daemon_is_answered_again_and_sent_once() {
+    let mut world = World::new().await;
+    let (_, _, numbers) = world.tenant("answer-lost", &[SHOP]).await;
+    let shop = numbers[0].clone();
+    for place in ANSWER_LOST_AT {
+        drop(world.daemon.take());
+        world.start_to_die_at(Some(place));
+        let caller = world.caller(&shop.key).await;
+        let text = format!("lost at {place}");
+        until("the daemon dies with the answer", async || {
+            // Before the number is served it says so.
+            assert!(caller.send_text(CUSTOMER, &text, &text).await.is_err(), "{place}");
+            world.daemon.as_mut().unwrap().is_dead().then_some(())
+        })
+        .await;
+        world.start_again();
+        let caller = world.caller(&shop.key).await;
+        let sent = until("it is answered", async || caller.send_text(CUSTOMER, &text, &text).await.ok()).await;
+        world.kill_and_restart();
+        let caller = world.caller(&shop.key).await;
+        let again = until("it is answered again", async || caller.send_text(CUSTOMER, &text, &text).await.ok()).await;
+        assert_eq!(again.id, sent.id, "{place}");
+        let other = caller.send_text(CUSTOMER, "something else", &text).await.unwrap_err();
+        let reason = other.get_details_error_info().unwrap().reason;
+        assert_eq!((other.code(), reason.as_str()), (Code::InvalidArgument, "REQUEST_ID_REUSED"));
+    }
+    let expected = ANSWER_LOST_AT.map(|place| format!("lost at {place}"));
+    let shown = until("all are shown", async || {
+        let shown = world.phones.shown(CUSTOMER).await.unwrap();
+        (shown.len() >= expected.len()).then_some(shown)
+    })
+    .await;
+    let texts: Vec<_> = shown.iter().map(|message| message["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, expected, "each once");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use switchboard::api::grpc::proto;
 use switchboard::domain::id::NumberId;
+use switchboard::store::error::StoreError;
 use switchboard::store::key::Tag;
 use switchboard::store::layout::{Store, StoreSettings};
 use switchboard::store::number_store::{NumberStore, Order};
@@ -123,7 +124,7 @@ async fn the_data_directory_holds_nothing_in_clear() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_number_leaves_no_rows_and_its_phone_number_can_come_back() {
-    let world = World::new().await;
+    let mut world = World::new().await;
     let (tenant, _, numbers) = world.tenant(TENANT, &[SHOP]).await;
     let request = proto::DeleteNumberRequest { number: numbers[0].id.clone() };
     tenant.numbers().delete_number(request).await.unwrap();
@@ -136,4 +137,13 @@ async fn a_deleted_number_leaves_no_rows_and_its_phone_number_can_come_back() {
         text.contains("switchboard_erasures_waiting 0").then_some(())
     })
     .await;
+    assert_eq!(world.daemon.take().unwrap().terminate(), Some(0));
+    let store = Store::open(&StoreSettings::at(&world.data(), Arc::new(Random::from_system().unwrap()))).unwrap();
+    let old: NumberId = numbers[0].id.parse().unwrap();
+    assert!(store.meta().number(old).is_none() && store.meta().erasures().is_empty());
+    for volume in store.report().iter().skip(1).zip(0..).map(|(_, volume)| volume) {
+        let refused = store.claim(old, volume).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Erased), "its key is destroyed: {refused:?}");
+    }
+    store.close();
 }

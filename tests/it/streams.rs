@@ -186,6 +186,26 @@ async fn who_reads_nothing_is_ended_and_finds_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_nothing_happens_markers_say_so_and_can_be_resumed_from() {
+    let world = World::new().await;
+    let (_, _, numbers) = world.tenant("streams", &[SHOP]).await;
+    let shop = &numbers[0];
+    let every = prost_types::Duration { seconds: 1, nanos: 0 };
+    let request = proto::StreamEventsRequest { progress_interval: Some(every), ..Default::default() };
+    let mut steps = shop.caller.events().stream_events(request).await.unwrap().into_inner();
+    let (before, first) = caught_up(&mut steps).await;
+    let response = step(&mut steps).await.unwrap().unwrap();
+    assert!(matches!(response.step, Some(Step::Progress(_))), "{response:?}");
+    assert_eq!(response.cursor, first, "nothing came in between");
+    drop(steps);
+    write(&world, shop, "after the marker").await;
+    let (after, _) = caught_up(&mut stream(&shop.caller, "", &response.cursor).await.unwrap()).await;
+    let last = before.last().unwrap();
+    assert_eq!(after, (last + 1..=last + after.len() as i64).collect::<Vec<_>>());
+    assert!(!after.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_drain_ends_streams_with_a_cursor_that_goes_on_without_a_gap() {
     let mut world = World::new().await;
     let (_, _, numbers) = world.tenant("streams", &[SHOP]).await;
