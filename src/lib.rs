@@ -54,9 +54,10 @@
 //! | what was answered is on disk | `it::restart::nothing_accepted_is_lost_or_shown_twice_when_killed_in_the_middle` |
 //! | one chat's sends leave in order, one at a time | `domain::outbox::tests::per_chat_order_holds`, `it::story` |
 //! | never sent early, late, withdrawn, or as a new chat during a hold | `sim::no_promise_breaks_in_any_storm` |
-//! | what could not be decrypted gets its content in the same row, and is told once | `domain::number::receiving::tests` |
+//! | what could not be decrypted gets its content in the same row, and is told once | `domain::number::receiving::tests`, `it::inbound` |
+//! | each of WhatsApp's answers to a message ends as its code says | `domain::ack::tests`, `it::answers` |
 //! | statuses only climb | `domain::message::tests::the_ladder_only_climbs_whatever_the_order` |
-//! | the same request id sends once | `it::contract::the_same_request_id_sends_once` |
+//! | the same request id sends once, and is answered again, also after a crash | `it::contract`, `it::restart`, `it::answers` |
 //! | events are numbered without a gap | `it::story::what_a_phone_writes_arrives_as_webhook_event_and_history` |
 //! | no Signal message key is used twice | the sandbox counts; `it::restart`, `it::story`, the demo |
 //! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
