@@ -68,6 +68,7 @@
 //! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |
 //! | a power cut at any moment, and a disk that fails, lose nothing acknowledged | `store::tests::crashes` |
 //! | a full or broken disk loses nothing, says so, and is left behind without a restart | `it::disk` |
+//! | lives that end soon do not fill the disk | `store::tests::damage::a_log_that_outgrew_its_rows_is_copied_at_a_start_and_a_lean_one_is_not` |
 //! | a damaged volume is never deleted, touched again, or taken for a new one | `store::tests::damage`, `it::disk` |
 //! | nothing lies on disk in clear, no value can be moved, deletion is final | `it::sealing`, `store::tests::sealing` |
 //! | all of these when the process is killed at any place | `faults::kill` |

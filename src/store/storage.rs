@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::disk::{Log, refused, sled_refused, sync_dir};
+use super::disk::{Disk, LOG_FILE, Log, refused, sled_refused, sync_dir};
 use super::error::{OpenError, StoreError};
 use super::key::Tag;
 use super::layout::{META_CACHE_BYTES, StoreSettings, VOLUME_CACHE_BYTES, VOLUMES, lock, size_of};
@@ -186,8 +186,8 @@ fn names() -> impl Iterator<Item = String> {
     std::iter::once("meta".to_owned()).chain((0..VOLUMES).map(|index| format!("volume-{index:02}")))
 }
 
-fn ensure_room(settings: &StoreSettings, bytes: u64) -> Result<(), RebuildError> {
-    let free = settings.disk.space(&settings.dir).map_err(|error| refused(&error))?.free;
+fn ensure_room(disk: &dyn Disk, dir: &Path, bytes: u64) -> Result<(), RebuildError> {
+    let free = disk.space(dir).map_err(|error| refused(&error))?.free;
     let needed = bytes + SPARE_BYTES;
     if free < needed {
         return Err(RebuildError::NoRoom { needed_mib: needed >> 20, free_mib: free >> 20 });
@@ -221,7 +221,7 @@ pub fn check(settings: &StoreSettings) -> Result<Vec<Checked>, RebuildError> {
 }
 
 fn copied(settings: &StoreSettings, place: &Path) -> Result<Scratch, RebuildError> {
-    ensure_room(settings, size_of(place))?;
+    ensure_room(settings.disk.as_ref(), &settings.dir, size_of(place))?;
     let copy = Scratch::beside(place, ".copy")?;
     open::copy_files(place, &copy.0).map_err(|error| refused(&error))?;
     Ok(copy)
@@ -307,17 +307,50 @@ pub async fn rebuild(settings: &StoreSettings, name: &str, accept_loss: bool) ->
     let _lock = lock(&settings.dir)?;
     let path = settings.dir.join(name);
     match open::open(&path, VOLUME_CACHE_BYTES, settings.disk.as_ref()) {
-        Ok((db, tree, _log)) => compact(settings, &path, &Source { tree, _db: db }),
+        Ok((db, tree, _log)) => compact(settings.disk.as_ref(), &path, &Source { tree, _db: db }),
         Err(StoreError::Damaged(_)) => salvage(settings, &path, accept_loss).await,
         Err(error) => Err(error.into()),
     }
 }
 
-fn compact(settings: &StoreSettings, path: &Path, source: &Source) -> Result<Rebuilt, RebuildError> {
+/// A log below this is never copied at a start.
+pub(super) const TRIM_LOG_BYTES: u64 = 128 * 1024 * 1024;
+/// A log so many times as large as what lives in it is copied; while it is cleaned well, sled's takes 3 to 5 times as much.
+const TRIM_RATIO: u64 = 6;
+/// Beside the log: how long it was when it was last looked at and found lean.
+const LEAN_FILE: &str = "lean";
+
+/// Copies a volume whose log has grown far beyond what lives in it, before it is opened for good: sled cleans only a log
+/// that is open for a while, so lives that end soon after each start would fill the disk. A log that was found lean is
+/// looked at again when it has doubled. A crash on the way leaves the volume as it was.
+///
+/// # Errors
+/// When it does not open, cannot be read whole, or there is no room for the copy; it is as it was then.
+pub(super) fn trim(
+    path: &Path,
+    cache_bytes: u64,
+    disk: &dyn Disk,
+    floor: u64,
+) -> Result<Option<Rebuilt>, RebuildError> {
+    let log_bytes = fs::metadata(path.join(LOG_FILE)).map_or(0, |log| log.len());
+    let lean = fs::read_to_string(path.join(LEAN_FILE)).ok().and_then(|text| text.parse().ok()).unwrap_or(0u64);
+    if log_bytes < floor.max(lean.saturating_mul(2)) {
+        return Ok(None);
+    }
+    let (db, tree, _log) = open::open(path, cache_bytes, disk)?;
+    let source = Source { tree, _db: db };
+    if log_bytes < source.contents()?.bytes.saturating_mul(TRIM_RATIO) {
+        fs::write(path.join(LEAN_FILE), log_bytes.to_string()).map_err(|error| refused(&error))?;
+        return Ok(None);
+    }
+    compact(disk, path, &source).map(Some)
+}
+
+fn compact(disk: &dyn Disk, path: &Path, source: &Source) -> Result<Rebuilt, RebuildError> {
     let before = size_of(path);
-    ensure_room(settings, before)?;
+    ensure_room(disk, path.parent().unwrap_or(path), before)?;
     let fresh = Scratch::beside(path, ".new")?;
-    let mut writer = Writer::at(settings, &fresh.0)?;
+    let mut writer = Writer::at(disk, &fresh.0)?;
     if source.each(|key, value| writer.add(key, value))? {
         return Err(StoreError::Failed("a row cannot be read: nothing was changed".to_owned()).into());
     }
@@ -329,10 +362,10 @@ fn compact(settings: &StoreSettings, path: &Path, source: &Source) -> Result<Reb
 async fn salvage(settings: &StoreSettings, path: &Path, accept_loss: bool) -> Result<Rebuilt, RebuildError> {
     let aside = open::newest_set_aside(path).ok_or_else(|| RebuildError::NoSuchVolume(path.display().to_string()))?;
     let before = size_of(&aside);
-    ensure_room(settings, before * 2)?;
+    ensure_room(settings.disk.as_ref(), &settings.dir, before * 2)?;
     let readable = readable(settings, &aside)?;
     let fresh = Scratch::beside(path, ".new")?;
-    let mut writer = Writer::at(settings, &fresh.0)?;
+    let mut writer = Writer::at(settings.disk.as_ref(), &fresh.0)?;
     let mut lost = Lost::default();
     let mut torn = false;
     if let Some((_copy, source)) = &readable {
@@ -396,8 +429,8 @@ struct Writer {
 }
 
 impl Writer {
-    fn at(settings: &StoreSettings, path: &Path) -> Result<Self, StoreError> {
-        let (db, tree, log) = open::open(path, VOLUME_CACHE_BYTES, settings.disk.as_ref())?;
+    fn at(disk: &dyn Disk, path: &Path) -> Result<Self, StoreError> {
+        let (db, tree, log) = open::open(path, VOLUME_CACHE_BYTES, disk)?;
         Ok(Self { tree, db, log, batch: sled::Batch::default(), waiting: 0, written: Contents::default() })
     }
 

@@ -11,6 +11,7 @@ use super::committer::{Answer, Committer, CommitterStats, Failure, RawOp, Reques
 use super::disk::Disk;
 use super::error::StoreError;
 use super::open;
+use super::storage::{self, TRIM_LOG_BYTES};
 
 /// What a volume is opened with, at first and again.
 #[derive(Debug, Clone)]
@@ -109,6 +110,13 @@ impl Volume {
     /// Opens or creates it; one that does not open is quarantined from the start.
     pub(super) fn new(settings: VolumeSettings) -> Self {
         let stats = Arc::new(VolumeStats::default());
+        match storage::trim(&settings.path, settings.cache_bytes, settings.disk.as_ref(), TRIM_LOG_BYTES) {
+            Ok(None) => {}
+            Ok(Some(rebuilt)) => tracing::info!(volume = settings.name, %rebuilt, "log had outgrown its rows: copied"),
+            Err(error) => {
+                tracing::warn!(volume = settings.name, %error, "volume not copied, although its log is large");
+            }
+        }
         let opened = open_db(&settings, &stats);
         let opened = opened.map_err(|error| Failure { error, cache_suspect: false });
         Self { settings, current: RwLock::new(opened), opened: watch::Sender::new(1), stats }

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use super::home::{Home, claim};
 use crate::domain::change::Counters;
 use crate::domain::id::NumberId;
-use crate::store::disk::LOG_FILE;
+use crate::store::disk::{LOG_FILE, SystemDisk};
 use crate::store::error::StoreError;
 use crate::store::key::Tag;
 use crate::store::number_store::{NumberStore, Order};
 use crate::store::records::{decode, encode};
-use crate::store::storage::{Lost, RebuildError, check, rebuild};
+use crate::store::storage::{Lost, RebuildError, check, rebuild, trim};
 use crate::store::unit::Unit;
 use crate::telemetry::rng::Random;
 
@@ -168,6 +168,26 @@ async fn however_a_volume_is_damaged_nothing_is_taken_for_new_and_a_rebuild_alwa
     }
     println!("{noticed} of 16 noticed, {kept} kept a history");
     assert!(noticed >= 4, "{noticed}");
+}
+
+#[tokio::test]
+async fn a_log_that_outgrew_its_rows_is_copied_at_a_start_and_a_lean_one_is_not() {
+    const MIB: u64 = 1 << 20;
+    let home = Home::new("trim");
+    fill(&home).await;
+    let (volume, disk) = (home.dir.join(VOLUME), SystemDisk);
+    let log = || fs::metadata(volume.join(LOG_FILE)).unwrap().len();
+    assert!(log() > 4 * MIB, "{}", log());
+    assert!(trim(&volume, MIB, &disk, 1 << 30).unwrap().is_none(), "too small to be looked at");
+    let before = log();
+    let trimmed = trim(&volume, MIB, &disk, 4 * MIB).unwrap().expect("copied");
+    assert!(log() < before && trimmed.lost.is_none(), "{trimmed}");
+    assert!(trim(&volume, MIB, &disk, 1).unwrap().is_none(), "now it is lean");
+    let store = home.open();
+    let number = claim(&store, 1).await;
+    assert_eq!(history(&number).await, (0..ROWS).collect::<Vec<_>>());
+    assert_eq!(number.get(Tag::Device, &[]).await.unwrap().unwrap(), vec![7; 40_000], "Signal state is as it was");
+    store.close();
 }
 
 #[tokio::test]
