@@ -34,6 +34,8 @@ pub(crate) struct Subscriptions {
     owed: BTreeSet<(u32, Option<ChatNo>, DeliverySeq)>,
     received: HashMap<(u32, EventSeq), EventBody>,
     first_received: HashSet<Name>,
+    /// Dead letters that came back: they are outside of the order, as they were when they were given up.
+    revived: HashSet<Name>,
     last_live: HashMap<(u32, Option<ChatNo>), DeliverySeq>,
     delivering: BTreeSet<Name>,
     replay_owed: BTreeSet<(u32, EventSeq)>,
@@ -116,6 +118,9 @@ impl Subscriptions {
                         }
                     }
                     let is_new = !before.deliveries.contains_key(&name) && !self.first_received.contains(&name);
+                    if revived {
+                        self.revived.insert(name);
+                    }
                     if (is_new || revived) && self.known.contains(ordinal) {
                         self.owed.insert((*ordinal, row.chat, row.sequence));
                     }
@@ -179,7 +184,7 @@ impl Subscriptions {
         let earlier = (ordinal, row.chat, DeliverySeq(0))..(ordinal, row.chat, row.sequence);
         for (_, _, sequence) in self.owed.range(earlier) {
             let replay = durable.deliveries.get(&(ordinal, *sequence)).is_some_and(|row| row.course == Course::Replay);
-            if replay {
+            if replay || self.revived.contains(&(ordinal, *sequence)) {
                 continue;
             }
             let named = dispatch.missing.iter().any(|(missing, _)| missing == sequence);
