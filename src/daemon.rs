@@ -37,6 +37,7 @@ use crate::telemetry::metrics::Exposition;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::{self, WebhookClient};
 use crate::webhook::guard::Policy;
+use crate::webhook::room::Room;
 
 /// Time kept back from the grace period for closing sessions and the store.
 const CLOSING_TIME: Duration = Duration::from_secs(5);
@@ -312,6 +313,7 @@ fn environment(
         opener: Arc::new(LinkedOpener(sessions.clone())),
         gate: gate.clone(),
         webhooks: webhooks.map_err(part("webhooks"))?,
+        webhook_room: Room::new(config.webhook.concurrent),
         webhook_schedule: config.webhook.schedule,
         sending: SendingRules { limits: limits(config), on_unknown: config.sending.on_unknown },
         policy: policy_of(config),

@@ -49,6 +49,7 @@ fn the_defaults_are_complete_and_as_published() {
     assert_eq!(config.limits.interval, Duration::from_secs(1));
     assert_eq!(config.limits.chat_interval, Duration::from_secs(6));
     assert!(!config.webhook.allow_private);
+    assert_eq!(config.webhook.concurrent, 512);
     assert_eq!(config.shutdown.grace, Duration::from_secs(25));
 }
 

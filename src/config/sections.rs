@@ -187,6 +187,8 @@ pub struct Webhook {
     pub schedule: Schedule,
     /// Limit of one attempt.
     pub timeout: Duration,
+    /// Attempts under way at once in the process.
+    pub concurrent: usize,
     /// Private targets and plain http.
     pub allow_private: bool,
 }
@@ -250,6 +252,7 @@ impl Reader<'_> {
         });
         let timeout = self.seconds("webhook", "timeout_seconds", 1..=60);
         let schedule = self.schedule();
+        let concurrent = self.integer("webhook", "concurrent", 1..=1_000_000);
         let allow_private = self.bool("webhook", "allow_private");
         let grace = self.seconds("shutdown", "grace_seconds", 0..=600);
         Some(Config {
@@ -264,7 +267,12 @@ impl Reader<'_> {
             limits: limits?,
             retention: retention?,
             sending: Sending { on_unknown: on_unknown? },
-            webhook: Webhook { schedule: schedule?, timeout: timeout?, allow_private: allow_private? },
+            webhook: Webhook {
+                schedule: schedule?,
+                timeout: timeout?,
+                concurrent: concurrent? as usize,
+                allow_private: allow_private?,
+            },
             shutdown: Shutdown { grace: grace? },
         })
     }

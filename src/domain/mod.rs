@@ -3,6 +3,7 @@
 pub mod access;
 pub mod ack;
 pub mod breaker;
+pub mod budget;
 pub mod change;
 pub mod close;
 pub mod delivery;

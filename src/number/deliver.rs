@@ -6,6 +6,7 @@ use ractor::ActorRef;
 
 use super::environment::Environment;
 use super::message::{Inner, NumberMessage};
+use crate::domain::budget::Class;
 use crate::domain::delivery::{AttemptEnd, Dispatch};
 use crate::domain::endpoint::Endpoint;
 use crate::domain::event::{EventBody, EventKind};
@@ -29,12 +30,7 @@ pub(super) struct DeliveryTask {
 
 impl DeliveryTask {
     pub(super) async fn run(self) {
-        let (kind, report) = match self.attempt().await {
-            Some((kind, report)) => (Some(kind), report),
-            // Nothing will ever make this delivery possible.
-            None => (None, Report::not_sent(Answer::Unreadable)),
-        };
-        metrics::webhook_attempt(report.answer.outcome(), report.elapsed);
+        let (kind, report) = self.report().await;
         let end = AttemptEnd {
             endpoint: self.endpoint.ordinal,
             sequence: self.outgoing.row.sequence,
@@ -45,6 +41,22 @@ impl DeliveryTask {
             jitter: self.environment.random.share(),
         };
         let _ = self.actor.cast(Inner::Attempted(end).into());
+    }
+
+    async fn report(&self) -> (Option<EventKind>, Report) {
+        let class = if self.outgoing.background { Class::Background } else { Class::Live };
+        let room = &self.environment.webhook_room;
+        let Some(_permit) = room.take(self.store.number(), self.endpoint.ordinal, class) else {
+            metrics::webhook_crowded(class.name());
+            return (None, Report::not_sent(Answer::Crowded));
+        };
+        let (kind, report) = match self.attempt().await {
+            Some((kind, report)) => (Some(kind), report),
+            // Nothing will ever make this delivery possible.
+            None => (None, Report::not_sent(Answer::Unreadable)),
+        };
+        metrics::webhook_attempt(report.answer.outcome(), report.elapsed);
+        (kind, report)
     }
 
     async fn attempt(&self) -> Option<(EventKind, Report)> {

@@ -16,6 +16,7 @@ use crate::telemetry::backoff::Shape;
 use crate::telemetry::clock::Clock;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::WebhookClient;
+use crate::webhook::room::Room;
 
 /// Numbers that look for what is too old at once.
 pub const SWEEPS_AT_ONCE: usize = 4;
@@ -34,6 +35,8 @@ pub struct Environment {
     pub gate: Arc<dyn Turnstile>,
     /// Webhook deliveries.
     pub webhooks: WebhookClient,
+    /// How many of them may be under way in the process, and whose turn it is.
+    pub webhook_room: Room,
     /// When webhook deliveries are tried again.
     pub webhook_schedule: Schedule,
     /// What a number may send, and what it does in doubt.

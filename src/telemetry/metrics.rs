@@ -13,6 +13,9 @@ const ACK_SECONDS: &str = "switchboard_ack_seconds";
 const INBOUND_DURABLE_SECONDS: &str = "switchboard_inbound_durable_seconds";
 const WEBHOOK_DELIVERY_SECONDS: &str = "switchboard_webhook_delivery_seconds";
 const WEBHOOK_ATTEMPTS_TOTAL: &str = "switchboard_webhook_attempts_total";
+const WEBHOOK_REQUESTS: &str = "switchboard_webhook_requests";
+const WEBHOOK_REQUESTS_LIMIT: &str = "switchboard_webhook_requests_limit";
+const WEBHOOK_CROWDED_TOTAL: &str = "switchboard_webhook_crowded_total";
 const WEBHOOK_DEAD_LETTERS_TOTAL: &str = "switchboard_webhook_dead_letters_total";
 const WEBHOOKS_DISABLED_TOTAL: &str = "switchboard_webhooks_disabled_total";
 const WEBHOOK_SET_ASIDE_TOTAL: &str = "switchboard_webhook_set_aside_total";
@@ -102,6 +105,9 @@ fn describe() {
     describe_histogram!(INBOUND_DURABLE_SECONDS, "From a message's decryption to its place on disk");
     describe_histogram!(WEBHOOK_DELIVERY_SECONDS, "One webhook attempt, connection included");
     describe_counter!(WEBHOOK_ATTEMPTS_TOTAL, "Webhook attempts by outcome");
+    describe_gauge!(WEBHOOK_REQUESTS, "Webhook requests under way in the process, by class");
+    describe_gauge!(WEBHOOK_REQUESTS_LIMIT, "Webhook requests that may be under way");
+    describe_counter!(WEBHOOK_CROWDED_TOTAL, "Webhook requests put off because there was no room for them, by class");
     describe_counter!(WEBHOOK_DEAD_LETTERS_TOTAL, "Deliveries given up, by reason");
     describe_counter!(WEBHOOKS_DISABLED_TOTAL, "Endpoints that were stopped, by reason");
     describe_counter!(WEBHOOK_SET_ASIDE_TOTAL, "Stuck deliveries that let their chat go on");
@@ -157,6 +163,21 @@ pub fn inbound_durable(took: Duration) {
 pub fn webhook_attempt(outcome: &'static str, took: Duration) {
     histogram!(WEBHOOK_DELIVERY_SECONDS).record(took);
     counter!(WEBHOOK_ATTEMPTS_TOTAL, "outcome" => outcome).increment(1);
+}
+
+/// Webhook requests of one class under way.
+pub fn webhook_requests(class: &'static str, count: usize) {
+    gauge!(WEBHOOK_REQUESTS, "class" => class).set(count as f64);
+}
+
+/// Webhook requests that may be under way.
+pub fn webhook_room(most: usize) {
+    gauge!(WEBHOOK_REQUESTS_LIMIT).set(most as f64);
+}
+
+/// There was no room for a webhook request.
+pub fn webhook_crowded(class: &'static str) {
+    counter!(WEBHOOK_CROWDED_TOTAL, "class" => class).increment(1);
 }
 
 /// A delivery was given up.

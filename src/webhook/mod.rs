@@ -4,4 +4,5 @@
 pub mod client;
 pub mod guard;
 pub mod payload;
+pub mod room;
 pub mod signature;

@@ -143,6 +143,37 @@ async fn hanging_lying_and_endless_receivers_delay_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_fills_the_room_for_requests_leaves_some_to_everybody() {
+    let world = World::with(&[("WEBHOOK__CONCURRENT", "6"), ("WEBHOOK__TIMEOUT_SECONDS", "60")]).await;
+    let (_, _, numbers) = world.tenant("hooks", &[SHOP, OTHER]).await;
+    let (shop, other) = (&numbers[0], &numbers[1]);
+    let (hangs, _receiver) = hostile(|mut socket| async move {
+        read_request(&mut socket).await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    subscribe(&world, &shop.key, &hangs, json!(["message.received"])).await;
+    for chat in 0..8 {
+        world.phones.write(&format!("1555700010{chat}"), SHOP, &format!("line {chat}")).await.unwrap();
+    }
+    until("the hanging one is refused more", async || {
+        let metrics = world.metrics().await;
+        let crowded = "switchboard_webhook_crowded_total{class=\"live\"}";
+        (metrics.contains(crowded) && metrics.contains("switchboard_webhook_requests_limit 6")).then_some(())
+    })
+    .await;
+    // Neither the number's other endpoint nor another number's waits for it.
+    for chat in 0..8 {
+        let text = format!("line {chat}");
+        world.webhook(shop, "message.received", |hook| hook.body["data"]["content"] == text).await;
+    }
+    world.phones.write(CUSTOMER, OTHER, "beside").await.unwrap();
+    world.webhook(other, "message.received", |hook| hook.body["data"]["content"] == "beside").await;
+    let metrics = world.metrics().await;
+    assert!(metrics.contains("switchboard_webhook_requests{class=\"live\"}"), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn gating_pausing_and_codes_are_as_promised() {
     let world = World::with(&QUICK).await;
     let (_, tenant_key, numbers) = world.tenant("hooks", &[SHOP, OTHER]).await;
