@@ -272,7 +272,15 @@ struct Lane {
     /// A page is being read; holds `total` as it was when the read began.
     loading: Option<u64>,
     loading_replay: bool,
+    proof: Proof,
     rest: Rest,
+}
+
+/// Whether the endpoint took anything since the number started: before that, nobody knows whether it was down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Proof {
+    Missing,
+    There,
 }
 
 /// Whether a lane was looked at since it changed: most steps of a number do not touch most of its lanes.
@@ -299,6 +307,7 @@ impl Lane {
             durable_through: state.last_sequence,
             loading: None,
             loading_replay: false,
+            proof: Proof::Missing,
             rest: Rest::Changed,
         }
     }
@@ -415,7 +424,12 @@ impl Lane {
     fn learn(&mut self, end: &AttemptEnd, schedule: &Schedule, now: Timestamp) -> bool {
         match end.answer.tells() {
             Tells::Success | Tells::Rejects => {
-                if self.breaker.answered() {
+                let was_down = self.breaker.answered();
+                let first = end.answer.tells() == Tells::Success && self.proof == Proof::Missing;
+                if first {
+                    self.proof = Proof::There;
+                }
+                if was_down || first {
                     self.begin_anew(now);
                 }
                 true
@@ -729,7 +743,7 @@ impl Deliveries {
     }
 
     /// A page was read; `rows` are in order. Rows that are not durable yet come again by [`Self::enqueued`].
-    pub fn loaded(&mut self, ordinal: u32, mut rows: Vec<DeliveryRow>) {
+    pub fn loaded(&mut self, ordinal: u32, mut rows: Vec<DeliveryRow>, now: Timestamp) {
         let Some(lane) = self.lane(ordinal) else { return };
         rows.retain(|row| row.sequence <= lane.durable_through);
         let counted = lane.loading.take();
@@ -738,7 +752,12 @@ impl Deliveries {
             lane.total = lane.in_memory() as u64;
         }
         for row in rows {
-            lane.insert(row);
+            // Attempted by an earlier life of the number, if at all. Nobody knows whether the endpoint was down then:
+            // how long it holds up its chat counts from here.
+            lane.insert(match lane.proof {
+                Proof::Missing => DeliveryRow { stuck_since: row.stuck_since.map(|_| now), ..row },
+                Proof::There => DeliveryRow { stuck_since: None, due: row.due.min(now), ..row },
+            });
         }
     }
 
@@ -971,7 +990,7 @@ mod tests {
         let mut deliveries = Deliveries::default();
         deliveries.add_endpoint(stored(1, 1), EventSeq(0));
         assert_eq!(deliveries.pages_to_load().len(), 1);
-        deliveries.loaded(1, vec![row(1, 1), row(2, 2)]);
+        deliveries.loaded(1, vec![row(1, 1), row(2, 2)], NOW);
         assert_eq!(taken(&mut deliveries, NOW), [1], "2 may still be lost in a crash");
         deliveries.enqueued(1, row(2, 2));
         assert_eq!(taken(&mut deliveries, NOW), [2]);
@@ -993,7 +1012,7 @@ mod tests {
             for page in deliveries.pages_to_load() {
                 let after = u32::try_from(page.after.0).unwrap();
                 let rows = (after + 1..=total).take(WINDOW_MAX / 2).map(|at| row(at.into(), at));
-                deliveries.loaded(1, rows.collect());
+                deliveries.loaded(1, rows.collect(), NOW);
             }
             for sequence in taken(&mut deliveries, NOW) {
                 answer(&mut deliveries, sequence, OK, NOW);
@@ -1021,6 +1040,20 @@ mod tests {
         add(&mut deliveries, 1);
         answer(&mut deliveries, 2, OK, due);
         assert_eq!(deliveries.take_due(due)[0].missing_count, 0, "nothing is missing any more");
+    }
+
+    #[test]
+    fn a_restart_during_an_outage_makes_nobody_late() {
+        let mut deliveries = Deliveries::default();
+        deliveries.add_endpoint(stored(1, 2), EventSeq(0));
+        deliveries.pages_to_load();
+        let due = NOW.after(Duration::from_hours(2));
+        let failed = DeliveryRow { attempts: 4, due, stuck_since: Some(Timestamp(1)), ..row(1, 1) };
+        deliveries.loaded(1, vec![failed, row(2, 2)], NOW);
+        assert_eq!(deliveries.set_aside_stuck(NOW), (Vec::new(), Vec::new()), "it counts from here");
+        assert_eq!(taken(&mut deliveries, NOW), [2]);
+        answer(&mut deliveries, 2, OK, NOW);
+        assert_eq!(taken(&mut deliveries, NOW), [1], "it is up: what waited for that goes at once, in order");
     }
 
     #[test]

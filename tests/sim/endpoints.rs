@@ -209,7 +209,14 @@ impl World {
             _ if odd => (status(503), false, 0),
             _ => (status(204), true, 0),
         };
+        let tally = self.tallies.entry(ordinal).or_default();
+        tally.requests += 1;
         if let Some(event) = event.filter(|_| takes) {
+            // What a crash made come twice was there in time.
+            if !self.promises.hooks.has_received(ordinal, row.sequence) {
+                tally.taken += 1;
+                tally.slowest = tally.slowest.max(self.now - event.at.0);
+            }
             self.promises.hooks.delivered(&dispatch, &event, &self.disk.durable);
         }
         let delay = pause + self.hop();

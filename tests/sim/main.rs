@@ -9,6 +9,7 @@
 mod callers;
 mod disk;
 mod endpoints;
+mod outage;
 mod people;
 mod plan;
 mod promises;
@@ -28,7 +29,7 @@ use world::{Figures, World};
 /// Where the seeds start when nobody says otherwise.
 const BASE: u64 = 20_261_122_000_000;
 /// Worlds of one run.
-const SEEDS: u64 = 250;
+const SEEDS: u64 = 300;
 /// Inputs that one run must at least come to.
 const INPUTS_MIN: u64 = 1_000_000;
 

@@ -107,7 +107,7 @@ impl World {
             && self.promises.hooks.owes_nothing()
     }
 
-    fn unsettled(&self) -> String {
+    pub(crate) fn unsettled(&self) -> String {
         let Some(number) = &self.number else { return "no machine".to_owned() };
         format!(
             "state {:?}, outbox {} ({} in flight), webhooks {}, wake {:?}, {} waiters, callers {}, whatsapp {}, disk {}, hooks {}",

@@ -153,6 +153,10 @@ impl Subscriptions {
         assert!(self.delivering.range(range).count() <= most, "too many requests to {ordinal}");
     }
 
+    pub(crate) fn has_received(&self, ordinal: u32, sequence: DeliverySeq) -> bool {
+        self.first_received.contains(&(ordinal, sequence))
+    }
+
     /// An endpoint takes a delivery.
     pub(crate) fn delivered(&mut self, dispatch: &Dispatch, event: &Event, durable: &Records) {
         let (ordinal, row) = (dispatch.endpoint, dispatch.row);

@@ -19,6 +19,7 @@ use switchboard::domain::time::Timestamp;
 use super::callers::{Callers, Waiter};
 use super::disk::Disk;
 use super::endpoints::Moods;
+use super::outage::Tallies;
 use super::plan::Plan;
 use super::promises::Promises;
 use super::rng::Rng;
@@ -153,6 +154,7 @@ pub(crate) struct World {
     pub(crate) waiters: HashMap<ReplyId, Waiter>,
     pub(crate) next_reply: u64,
     pub(crate) moods: Moods,
+    pub(crate) tallies: Tallies,
     pub(crate) reader: Reader,
     /// What readers are told that the log begins behind.
     pub(crate) event_floor: EventSeq,
@@ -176,6 +178,15 @@ impl World {
     pub(crate) fn new(seed: u64, traced: bool) -> Self {
         let mut rng = Rng::new(seed);
         let plan = Plan::draw(&mut rng);
+        Self::of(plan, rng, traced)
+    }
+
+    /// A world that is like this, whatever its seed.
+    pub(crate) fn planned(seed: u64, plan: Plan) -> Self {
+        Self::of(plan, Rng::new(seed), false)
+    }
+
+    fn of(plan: Plan, rng: Rng, traced: bool) -> Self {
         let mut world = Self {
             plan,
             rng,
@@ -195,6 +206,7 @@ impl World {
             waiters: HashMap::new(),
             next_reply: 1,
             moods: Moods::default(),
+            tallies: Tallies::default(),
             reader: Reader::default(),
             event_floor: EventSeq(0),
             gate: None,

@@ -221,7 +221,7 @@ impl Number {
             Input::RemoveEndpoint(ordinal, reply) => self.on_remove_endpoint(ordinal, reply, &mut draft),
             Input::Endpoint(ordinal, order, reply) => self.on_endpoint_order(ordinal, order, reply, now, &mut draft),
             Input::Attempted(end) => self.on_attempted(end, now, &mut draft),
-            Input::PageLoaded(endpoint, rows) => self.deliveries.loaded(endpoint, rows),
+            Input::PageLoaded(endpoint, rows) => self.deliveries.loaded(endpoint, rows, now),
             Input::ReplayLoaded(endpoint, events) => self.on_replay_loaded(endpoint, &events, now, &mut draft),
             Input::Retention(retention) => self.on_retention(retention, now, &mut draft),
             Input::Swept(found) => self.on_swept(found, now, &mut draft),
