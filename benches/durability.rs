@@ -1,5 +1,6 @@
 //! What durability costs on an optimised build: accepts per second and their latency at 1, 16 and 256 callers, webhook
-//! deliveries per second, and how long a daemon with a long history takes to come back after SIGKILL.
+//! deliveries per second, how long an event takes to an endpoint that works beside one that hangs, and how long a daemon
+//! with a long history takes to come back after SIGKILL.
 //!
 //! Numbers are offline while accepts and webhooks are measured, so nothing else is done meanwhile; the part with
 //! numbers online says so. The data are filled through the store, the daemon and the sandbox are processes of their own.
@@ -28,8 +29,8 @@ mod rig;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::Router;
@@ -60,6 +61,10 @@ const NUMBERS: usize = 100;
 const CALLERS_A_CHANNEL: usize = 32;
 /// Webhooks waiting for each number.
 const WEBHOOKS: usize = 200;
+/// Numbers whose webhook delay is measured; as many others may hang.
+const MEASURED: usize = 10;
+/// Between two of their sends.
+const SEND_EVERY: Duration = Duration::from_millis(20);
 /// Chats of the long history.
 const CHATS: u64 = 1000;
 /// Rows written at once.
@@ -228,6 +233,99 @@ async fn webhooks(directory: &Path, key: &str, random: &Arc<Random>) {
     );
 }
 
+/// From an event to its delivery, as a receiver sees it. Both ends have this machine's clock.
+#[derive(Clone, Default)]
+struct Delays(Arc<Mutex<Vec<Duration>>>);
+
+async fn note_delay(State(delays): State<Delays>, body: String) {
+    let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let at = Timestamp::parse(body["data"]["createdAt"].as_str().unwrap()).unwrap();
+    delays.0.lock().unwrap().push(now().since(at));
+}
+
+async fn subscribe(daemon: &Daemon, key: &str, index: usize, url: &str) -> String {
+    let mut client = WebhookServiceClient::new(channel(daemon.api).await);
+    let (number, url, name) = (number_id(index).to_string(), url.to_owned(), String::new());
+    let request = proto::CreateWebhookRequest { number, url, events: vec!["message.sent".to_owned()], name };
+    let made = client.create_webhook(keyed(request, key)).await.unwrap().into_inner();
+    made.webhook.unwrap().id
+}
+
+/// Takes connections and never answers.
+async fn hanging() -> (String, tokio::task::JoinSet<()>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let mut holding = tokio::task::JoinSet::new();
+    holding.spawn(async move {
+        let mut held = Vec::new();
+        while let Ok(connection) = listener.accept().await {
+            held.push(connection);
+        }
+    });
+    (url, holding)
+}
+
+/// How long events are on their way to an endpoint that works: alone, and beside endpoints that hang.
+async fn beside_a_hanging_one(daemon: &Daemon, key: &str) {
+    let delays = Delays::default();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let router = Router::new().route("/", post(note_delay)).with_state(delays.clone());
+    let mut receiver = tokio::task::JoinSet::new();
+    receiver.spawn(async move { axum::serve(listener, router).await.unwrap() });
+    for index in 0..MEASURED {
+        subscribe(daemon, key, index, &url).await;
+    }
+    let (hangs, _holding) = hanging().await;
+    let mut alone = None;
+    for (what, hang) in [
+        ("alone", 0..0),
+        ("beside a hanging one on the same numbers", 0..MEASURED),
+        ("beside hanging ones on other numbers", MEASURED..2 * MEASURED),
+    ] {
+        let mut made = Vec::new();
+        for index in hang {
+            made.push(subscribe(daemon, key, index, &hangs).await);
+        }
+        let sent = send_evenly(daemon, key, what).await;
+        let begun = Instant::now();
+        while delays.0.lock().unwrap().len() < sent {
+            assert!(begun.elapsed() < PATIENCE, "{what}: {} of {sent}", delays.0.lock().unwrap().len());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let mut took = std::mem::take(&mut *delays.0.lock().unwrap());
+        took.sort();
+        let (p50, p99) = (percentile(&took, 0.5), percentile(&took, 0.99));
+        let (first50, first99) = *alone.get_or_insert((p50, p99));
+        println!(
+            "webhook delay, {what}: {} deliveries, p50 {p50:.1} ms, p99 {p99:.1} ms; {:.2} and {:.2} times alone",
+            took.len(),
+            p50 / first50.max(1.0),
+            p99 / first99.max(1.0)
+        );
+        let mut client = WebhookServiceClient::new(channel(daemon.api).await);
+        for id in made {
+            client.delete_webhook(keyed(proto::DeleteWebhookRequest { id }, key)).await.unwrap();
+        }
+    }
+}
+
+/// Sends at one pace from every number that is measured or may hang. Gives how many were sent by the measured ones.
+async fn send_evenly(daemon: &Daemon, key: &str, what: &str) -> usize {
+    let span = Duration::from_secs(setting("DURABILITY_SECONDS", 10));
+    let sender = Sender { channel: channel(daemon.api).await, key: key.to_owned() };
+    let mut pace = tokio::time::interval(SEND_EVERY);
+    let (begun, mut nth, mut measured) = (Instant::now(), 0, 0);
+    while begun.elapsed() < span {
+        pace.tick().await;
+        let from = nth % (2 * MEASURED);
+        sender.send(from, (from + 1) % NUMBERS, format!("delay {nth}"), &format!("{what}-{nth}")).await;
+        measured += usize::from(from < MEASURED);
+        nth += 1;
+    }
+    measured
+}
+
 async fn enqueue(store: &Store, index: usize) {
     let number = store.claim(number_id(index), (index % usize::from(VOLUMES)) as u8).await.unwrap();
     let snapshot = number.load().await.unwrap();
@@ -377,6 +475,7 @@ async fn main() {
     for callers in [1, 16, 256] {
         accepts(&daemon, &key, callers, "numbers online and sending").await;
     }
+    beside_a_hanging_one(&daemon, &key).await;
     println!("sandbox: {}", http(address, "GET", "/admin/stats"));
     drop(daemon);
     drop(directory);

@@ -61,7 +61,7 @@
 //! | events are numbered without a gap | `it::story::what_a_phone_writes_arrives_as_webhook_event_and_history` |
 //! | no Signal message key is used twice | the sandbox counts; `it::restart`, `it::story`, the demo |
 //! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
-//! | never two sockets of one number | the sandbox counts; `it::failures::a_dropped_socket_reconnects` |
+//! | never two sockets of one number | `domain::lifecycle::tests::nothing_connects_that_must_not`; the sandbox counts |
 //! | one number's crash is nobody else's | `it::failures::a_panic_restarts_one_number_alone` |
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
@@ -74,9 +74,28 @@
 //! | all of these when the process is killed at any place | `faults::kill` |
 //! | nothing is lost, doubled or reordered on a bad line | `faults::line` |
 //! | what is kept long enough goes, nothing else does, and nothing that a queue still needs | `sim::no_promise_breaks_in_any_storm`, `store::tests::sweeping` |
-//! | of an erased contact nothing is left | the same simulation, `it::retention` |
+//! | of an erased contact nothing is left | the same simulation, `store::tests::sweeping`, `it::retention` |
+//! | an endpoint that is down for a day loses nothing, and delays nobody | `sim::outage` |
+//! | no number or endpoint takes every webhook request | `domain::budget::tests`, `it::webhooks::whoever_fills_the_room_for_requests_leaves_some_to_everybody` |
 //! | a stream skips nothing without saying so | `it::streams`, the same simulation |
 //! | folders stay apart | `tests/tidy.rs` |
+
+//!
+//! Where the promises seen from outside are kept, by the letters that reliability work uses:
+//!
+//! | | what | guarded by |
+//! | --- | --- | --- |
+//! | I1 | no acknowledged send is lost | `sim::no_promise_breaks_in_any_storm`, `faults::kill` |
+//! | I2 | no message shows twice | the same |
+//! | I3 | nobody gets what was not submitted, byte for byte | the same |
+//! | I4 | inbound at least once, durable before it is acknowledged | the same, `store::tests::crashes` |
+//! | I5 | webhooks at least once, in order per chat or with a declared gap | `sim`, `sim::outage`, `it::webhooks` |
+//! | I6 | statuses never go back | `sim`, `domain::message::tests` |
+//! | I7 | no Signal key is used twice | the sandbox counts: `faults::kill`, `faults::line`, `it` |
+//! | I8 | one number's trouble is nobody else's | `it::isolation`, `it::failures`, `domain::budget::tests` |
+//! | I9 | after the faults everything settles | `sim`: every storm ends in a calm with a deadline |
+//! | I10 | parked and logged-out numbers do not connect early | `domain::lifecycle::tests`, `sim` |
+//! | I11 | memory is bounded | `sim`: windows, side lanes and idle wake-ups have limits |
 
 pub mod api;
 pub mod cli;

@@ -6,7 +6,7 @@ use super::error::{ApiError, Reason};
 use super::service::Api;
 use crate::domain::access::Caller;
 use crate::domain::change::AttemptRecord;
-use crate::domain::delivery::{DeadLetter, Dispatch};
+use crate::domain::delivery::{Backlog, DeadLetter, Dispatch};
 use crate::domain::endpoint::{Endpoint, EndpointStatus, EndpointUpdate, Replay, SECRET_OVERLAP, SECRET_OVERLAP_MAX};
 use crate::domain::event::{EventFilter, EventKind};
 use crate::domain::id::{EndpointId, EventId, EventSeq, NumberId, TenantId};
@@ -35,6 +35,8 @@ pub struct WebhookCard {
     pub endpoint: Endpoint,
     /// When the last attempt ended, if there was one that is still logged.
     pub last_attempt: Option<Timestamp>,
+    /// How its queue stands; unknown while the number starts.
+    pub backlog: Option<Backlog>,
 }
 
 /// What an owner wants changed, as it was written.
@@ -114,7 +116,7 @@ impl Api {
         let endpoint = self.handle_of(number)?.add_endpoint(endpoint).await?;
         tracing::info!(number = %number, endpoint = endpoint.ordinal, "webhook created");
         let id = EndpointId { number, ordinal: endpoint.ordinal };
-        Ok(WebhookCard { id, tenant: record.tenant, endpoint, last_attempt: None })
+        Ok(WebhookCard { id, tenant: record.tenant, endpoint, last_attempt: None, backlog: None })
     }
 
     /// A number's endpoints, oldest first.
@@ -126,7 +128,7 @@ impl Api {
         let store = self.store_of(record.id)?;
         let mut cards = Vec::new();
         for endpoint in store.endpoints().await? {
-            cards.push(card(record.id, record.tenant, endpoint, &store).await?);
+            cards.push(self.webhook_card(record.id, record.tenant, endpoint, &store).await?);
         }
         Ok(cards)
     }
@@ -138,7 +140,7 @@ impl Api {
     pub async fn webhook(&self, caller: Caller, id: &str) -> Result<WebhookCard, ApiError> {
         let (id, tenant, store) = self.webhook_meant(caller, id)?;
         let endpoint = store.endpoint(id.ordinal).await?.ok_or(Reason::WebhookNotFound)?;
-        card(id.number, tenant, endpoint, &store).await
+        self.webhook_card(id.number, tenant, endpoint, &store).await
     }
 
     /// Changes an endpoint.
@@ -159,7 +161,7 @@ impl Api {
         let order = EndpointOrder::Update(update);
         let endpoint = self.handle_of(id.number)?.change_endpoint(id.ordinal, order).await?;
         tracing::info!(number = %id.number, endpoint = id.ordinal, active = endpoint.is_active(), "webhook changed");
-        card(id.number, tenant, endpoint, &store).await
+        self.webhook_card(id.number, tenant, endpoint, &store).await
     }
 
     /// Gives an endpoint another secret; the present one signs as well for the overlap.
@@ -182,7 +184,7 @@ impl Api {
         let order = EndpointOrder::Rotate { secret, overlap };
         let endpoint = self.handle_of(id.number)?.change_endpoint(id.ordinal, order).await?;
         tracing::info!(number = %id.number, endpoint = id.ordinal, "webhook key rotated");
-        card(id.number, tenant, endpoint, &store).await
+        self.webhook_card(id.number, tenant, endpoint, &store).await
     }
 
     /// The last attempts of an endpoint, newest first; of one kind of event, or of all.
@@ -264,7 +266,7 @@ impl Api {
             }
         };
         let endpoint = self.handle_of(id.number)?.change_endpoint(id.ordinal, order).await?;
-        card(id.number, tenant, endpoint, &store).await
+        self.webhook_card(id.number, tenant, endpoint, &store).await
     }
 
     /// Sends a part of the event log again, to whoever wants these events now.
@@ -289,7 +291,7 @@ impl Api {
         let order = EndpointOrder::Replay(Replay { after, through });
         let endpoint = handle.change_endpoint(id.ordinal, order).await?;
         tracing::info!(number = %id.number, endpoint = id.ordinal, after = after.0, through = through.0, "webhook replay");
-        card(id.number, tenant, endpoint, &store).await
+        self.webhook_card(id.number, tenant, endpoint, &store).await
     }
 
     /// The webhook a caller names: another's answers like one that never existed.
@@ -300,6 +302,19 @@ impl Api {
         let id: EndpointId = id.parse().map_err(|_| Reason::WebhookNotFound)?;
         let record = self.number_seen(caller, id.number).map_err(|_| Reason::WebhookNotFound)?;
         Ok((id, record.tenant, self.store_of(id.number)?))
+    }
+
+    async fn webhook_card(
+        &self,
+        number: NumberId,
+        tenant: TenantId,
+        endpoint: Endpoint,
+        store: &NumberStore,
+    ) -> Result<WebhookCard, ApiError> {
+        let id = EndpointId { number, ordinal: endpoint.ordinal };
+        let last_attempt = store.attempts(endpoint.ordinal, None, 1).await?.first().map(|record| record.at);
+        let backlog = self.handle_of(number)?.backlog(endpoint.ordinal);
+        Ok(WebhookCard { id, tenant, endpoint, last_attempt, backlog })
     }
 
     fn host_of(&self, url: &str) -> Result<String, ApiError> {
@@ -318,17 +333,6 @@ impl Api {
         tracing::info!(number = %id.number, endpoint = id.ordinal, "webhook deleted");
         Ok(())
     }
-}
-
-async fn card(
-    number: NumberId,
-    tenant: TenantId,
-    endpoint: Endpoint,
-    store: &NumberStore,
-) -> Result<WebhookCard, ApiError> {
-    let id = EndpointId { number, ordinal: endpoint.ordinal };
-    let last_attempt = store.attempts(endpoint.ordinal, None, 1).await?.first().map(|record| record.at);
-    Ok(WebhookCard { id, tenant, endpoint, last_attempt })
 }
 
 fn filter_of(events: &[String]) -> Result<EventFilter, ApiError> {

@@ -32,6 +32,29 @@ pub enum Breaker {
     },
 }
 
+/// Where a breaker stands, for those who look on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stand {
+    /// Requests go.
+    Closed,
+    /// Nothing goes until the next probe.
+    Open,
+    /// A probe is under way.
+    HalfOpen,
+}
+
+impl Stand {
+    /// Stable code for the API.
+    #[must_use]
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::Closed => "CLOSED",
+            Self::Open => "OPEN",
+            Self::HalfOpen => "HALF_OPEN",
+        }
+    }
+}
+
 /// What may be sent now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admits {
@@ -70,6 +93,16 @@ impl Breaker {
             Self::Closed { .. } => Admits::All,
             Self::Open { until, .. } if *until <= now => Admits::Probe,
             Self::Open { .. } | Self::HalfOpen { .. } => Admits::Nothing,
+        }
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn stand(&self) -> Stand {
+        match self {
+            Self::Closed { .. } => Stand::Closed,
+            Self::Open { .. } => Stand::Open,
+            Self::HalfOpen { .. } => Stand::HalfOpen,
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::breaker::{Admits, Breaker, Pauses};
+use super::breaker::{Admits, Breaker, Pauses, Stand};
 use super::change::AttemptRecord;
 use super::endpoint::{DeliverySeq, DisabledReason, Endpoint, EndpointState, EndpointStatus, EndpointUpdate, Replay};
 use super::event::EventKind;
@@ -204,6 +204,17 @@ pub struct StoredEndpoint {
     pub queued: u64,
 }
 
+/// How an endpoint's queue stands, for those who look on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backlog {
+    /// Deliveries that wait or are under way.
+    pub queued: u64,
+    /// Whether it is asked at all.
+    pub breaker: Stand,
+    /// When the next attempt is due; none while nothing waits for a moment.
+    pub next_attempt: Option<Timestamp>,
+}
+
 /// What is being done with a row in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -317,6 +328,14 @@ impl Lane {
             Rest::Changed => false,
             Rest::Until(due) => due.is_none_or(|due| now < due),
         }
+    }
+
+    fn backlog(&self) -> Backlog {
+        let next_attempt = match self.rest {
+            Rest::Changed => None,
+            Rest::Until(due) => due,
+        };
+        Backlog { queued: self.total, breaker: self.breaker.stand(), next_attempt }
     }
 
     fn in_memory(&self) -> usize {
@@ -659,10 +678,9 @@ impl Deliveries {
         lane.map_or((0, 0), |lane| (lane.window.len(), lane.side.len()))
     }
 
-    /// Endpoints that are taken to be down.
-    #[must_use]
-    pub fn down(&self) -> usize {
-        self.lanes.iter().filter(|lane| lane.endpoint.is_active() && !lane.breaker.is_closed()).count()
+    /// How each endpoint's queue stands, as of the last [`Self::rest`]; in the order of the endpoints.
+    pub fn backlogs(&self) -> impl Iterator<Item = (u32, Backlog)> + Clone {
+        self.lanes.iter().map(|lane| (lane.endpoint.ordinal, lane.backlog()))
     }
 
     /// Whether a late delivery or a replay of this event waits beside a queue.
@@ -1088,7 +1106,10 @@ mod tests {
         for sequence in taken(&mut deliveries, now) {
             answer(&mut deliveries, sequence, Answer::Silence, now);
         }
-        assert_eq!(deliveries.down(), 1);
+        deliveries.rest();
+        let (_, backlog) = deliveries.backlogs().next().unwrap();
+        assert_eq!((backlog.queued, backlog.breaker), (10, Stand::Open));
+        assert_eq!(backlog.next_attempt, deliveries.next_due());
         let mut probes = 0;
         while now.since(NOW) < Duration::from_hours(24) {
             now = deliveries.next_due().unwrap();

@@ -415,6 +415,7 @@ impl NumberState {
         let stats = self.handle.stats();
         stats.outbox.set(number.outbox().len() as u64, number.outbox().oldest());
         stats.webhooks.set(number.deliveries().depth(), number.deliveries().oldest());
+        self.handle.show_backlogs(number.deliveries().backlogs());
         stats.set_send_budget_remaining(u64::from(number.send_budget(now)));
         let life = number.life();
         stats.set_state(life.state.code(), life.state == lifecycle::State::Online);

@@ -12,6 +12,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use super::message::{
     Accepted, Control, EndpointRefused, EraseRefused, NumberMessage, SendRefused, StoreLost, Unserved,
 };
+use crate::domain::delivery::Backlog;
 use crate::domain::endpoint::Endpoint;
 use crate::domain::id::{EventSeq, MessageSeq, NumberId, TenantId};
 use crate::domain::lifecycle::{Desired, Life, State};
@@ -139,6 +140,8 @@ pub struct NumberHandle {
     labels: Box<str>,
     stats: NumberStats,
     view: watch::Sender<NumberView>,
+    /// How the queue of each endpoint stands, by its ordinal.
+    backlogs: Mutex<Vec<(u32, Backlog)>>,
     events: watch::Sender<EventSeq>,
     event_floor: AtomicU64,
     live: watch::Sender<Option<Arc<Live>>>,
@@ -170,6 +173,7 @@ impl NumberHandle {
             labels: labels(id, tenant),
             stats: NumberStats::default(),
             view: watch::Sender::new(view),
+            backlogs: Mutex::default(),
             events: watch::Sender::new(EventSeq(0)),
             event_floor: AtomicU64::new(0),
             live: watch::Sender::new(None),
@@ -226,6 +230,22 @@ impl NumberHandle {
             && view.reason == life.reason
             && view.desired == life.desired
             && view.linked == life.linked
+    }
+
+    /// How an endpoint's queue stands; unknown until the number has started.
+    #[must_use]
+    pub fn backlog(&self, ordinal: u32) -> Option<Backlog> {
+        let backlogs = self.backlogs.lock().unwrap_or_else(PoisonError::into_inner);
+        backlogs.iter().find(|(known, _)| *known == ordinal).map(|(_, backlog)| *backlog)
+    }
+
+    /// Shows how the queues stand. Most steps change none of them.
+    pub(crate) fn show_backlogs(&self, now: impl Iterator<Item = (u32, Backlog)> + Clone) {
+        let mut shown = self.backlogs.lock().unwrap_or_else(PoisonError::into_inner);
+        if !now.clone().eq(shown.iter().copied()) {
+            shown.clear();
+            shown.extend(now);
+        }
     }
 
     /// Follows what can be seen of it.

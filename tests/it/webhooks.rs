@@ -152,7 +152,7 @@ async fn whoever_fills_the_room_for_requests_leaves_some_to_everybody() {
         std::future::pending::<()>().await;
     })
     .await;
-    subscribe(&world, &shop.key, &hangs, json!(["message.received"])).await;
+    let hook = subscribe(&world, &shop.key, &hangs, json!(["message.received"])).await;
     for chat in 0..8 {
         world.phones.write(&format!("1555700010{chat}"), SHOP, &format!("line {chat}")).await.unwrap();
     }
@@ -171,6 +171,11 @@ async fn whoever_fills_the_room_for_requests_leaves_some_to_everybody() {
     world.webhook(other, "message.received", |hook| hook.body["data"]["content"] == "beside").await;
     let metrics = world.metrics().await;
     assert!(metrics.contains("switchboard_webhook_requests{class=\"live\"}"), "{metrics}");
+    let (_, shown) = ask(&world, &shop.key, "GET", &format!("/v1/webhooks/{hook}"), "").await;
+    assert_eq!((&shown["queueDepth"], &shown["breaker"]), (&json!(8), &json!("CLOSED")), "{shown}");
+    let request = proto::GetWebhookRequest { id: hook };
+    let shown = shop.caller.webhooks().get_webhook(request).await.unwrap().into_inner();
+    assert_eq!((shown.queue_depth, shown.breaker.as_str()), (Some(8), "CLOSED"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

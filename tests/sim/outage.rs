@@ -94,9 +94,9 @@ impl World {
         let mut beat = 0u64;
         while self.now < end {
             if beat.is_multiple_of(2) {
-                self.new_inbound()
+                self.new_inbound();
             } else {
-                self.new_call()
+                self.new_call();
             }
             beat += 1;
             let next = self.now + BEAT;
@@ -159,7 +159,7 @@ fn a_day_without_one_endpoint_loses_nothing_and_delays_nobody() {
     );
     assert!(events > 10_000 && kept as u64 >= events / 2, "{kept} of {events} wait");
     assert_eq!((dead.taken, world.disk.durable.queued(down).count()), (0, 0));
-    assert!(most <= WINDOW_MAX + ASIDE_MAX && most >= WINDOW_MAX / 2, "{most} rows in memory");
+    assert!((WINDOW_MAX / 2..=WINDOW_MAX + ASIDE_MAX).contains(&most), "{most} rows in memory");
     assert!(beside <= WAITS_MAX, "an event for the one that works waited {beside} ms");
     // One probe per pause at the longest, what was under way when it went down, and again after every restart.
     let pauses = DOWN_FOR / 240_000 + (RESTARTS + 1) * 12 * (IN_FLIGHT_MAX + SIDE_IN_FLIGHT_MAX) as u64;

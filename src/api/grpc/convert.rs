@@ -169,7 +169,7 @@ pub(super) fn message(card: MessageCard) -> pb::Message {
 }
 
 pub(super) fn webhook(card: WebhookCard) -> pb::Webhook {
-    let WebhookCard { id, endpoint, .. } = card;
+    let WebhookCard { id, endpoint, backlog, .. } = card;
     let (disabled_reason, inactive_since) = match endpoint.status {
         EndpointStatus::Active => ("", None),
         EndpointStatus::Paused { since } => ("", Some(since)),
@@ -186,6 +186,9 @@ pub(super) fn webhook(card: WebhookCard) -> pb::Webhook {
         disabled_reason: disabled_reason.to_owned(),
         inactive_since: inactive_since.map(time),
         overlap_end_time: endpoint.overlap_until.map(time),
+        queue_depth: backlog.map(|backlog| i64::try_from(backlog.queued).unwrap_or(i64::MAX)),
+        breaker: backlog.map(|backlog| backlog.breaker.code().to_owned()).unwrap_or_default(),
+        next_attempt_time: backlog.and_then(|backlog| backlog.next_attempt).map(time),
     }
 }
 
