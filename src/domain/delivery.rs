@@ -318,7 +318,8 @@ impl Lane {
             durable_through: state.last_sequence,
             loading: None,
             loading_replay: false,
-            proof: Proof::Missing,
+            // With an empty queue there is nothing that an outage may have touched.
+            proof: if stored.queued == 0 { Proof::There } else { Proof::Missing },
             rest: Rest::Changed,
         }
     }
