@@ -211,11 +211,11 @@ async fn without_an_answer_it_reconnects_and_sends_again_under_the_same_id() {
     let behind = shop.caller.send_text(ANA, "right behind it", "").await.unwrap();
     until("it is on the wire", async || (count(&world, "messages").await == 1).then_some(())).await;
     let logins = count(&world, "logins").await;
-    world.put_clock_forward(50).await;
+    world.put_clock_forward(30).await;
     let beside = shop.caller.send_text(BEA, "to somebody else", "").await.unwrap();
     until_status(&shop.caller, &beside.id, MessageStatus::Delivered).await;
     assert_eq!(count(&world, "logins").await, logins, "it waits a minute");
-    world.put_clock_forward(11).await;
+    world.put_clock_forward(31).await;
     for sent in [&lost, &behind] {
         until_status(&shop.caller, &sent.id, MessageStatus::Delivered).await;
     }

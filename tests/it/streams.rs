@@ -190,6 +190,8 @@ async fn while_nothing_happens_markers_say_so_and_can_be_resumed_from() {
     let world = World::new().await;
     let (_, _, numbers) = world.tenant("streams", &[SHOP]).await;
     let shop = &numbers[0];
+    // The last that happens by itself.
+    world.webhook(shop, "number.connected", |_| true).await;
     let every = prost_types::Duration { seconds: 1, nanos: 0 };
     let request = proto::StreamEventsRequest { progress_interval: Some(every), ..Default::default() };
     let mut steps = shop.caller.events().stream_events(request).await.unwrap().into_inner();
