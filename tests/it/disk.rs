@@ -102,15 +102,22 @@ async fn settled(world: &World, numbers: &[OwnedNumber], texts: &[String], asked
         let expected: Vec<_> = texts.iter().filter(|text| text.starts_with(shop)).collect();
         assert_eq!(lines, expected, "each once, in order");
     }
+    let stats = world.phones.stats().await.unwrap();
     for number in numbers {
-        let all = until("every question is in the history", async || {
+        let mut all = until("every question is in the history", async || {
             let texts = received(number).await;
             (texts.len() >= asked).then_some(texts)
         })
         .await;
-        assert_eq!(all, (0..asked).rev().map(|index| format!("question {index}")).collect::<Vec<_>>(), "each once");
+        let mut expected: Vec<_> = (0..asked).rev().map(|index| format!("question {index}")).collect();
+        if stats["retry_receipts"] != 0 {
+            // What had to be asked for again stands behind what came meanwhile.
+            all.sort();
+            expected.sort();
+        }
+        assert_eq!(all, expected, "each once");
     }
-    assert_eq!(world.phones.stats().await.unwrap()["signal_keys_reused"], 0);
+    assert_eq!(stats["signal_keys_reused"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
