@@ -56,6 +56,9 @@
 //! | never sent early, late, withdrawn, or as a new chat during a hold | `sim::no_promise_breaks_in_any_storm` |
 //! | what could not be decrypted gets its content in the same row, and is told once | `domain::number::receiving::tests`, `it::inbound` |
 //! | each of WhatsApp's answers to a message ends as its code says | `domain::ack::tests`, `it::answers` |
+//! | a device's request for a repeat is answered, also after a crash | `session::link::repeats`, `faults::kill` |
+//! | a message that was opened and is nowhere is asked for again, not acknowledged | `tests/session.rs` |
+//! | messages that wait to be decrypted have a limit | `session::link::backlog::tests` |
 //! | statuses only climb | `domain::message::tests::the_ladder_only_climbs_whatever_the_order` |
 //! | the same request id sends once, and is answered again, also after a crash | `it::contract`, `it::restart`, `it::answers` |
 //! | events are numbered without a gap | `it::story::what_a_phone_writes_arrives_as_webhook_event_and_history` |
