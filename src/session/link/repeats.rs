@@ -21,8 +21,8 @@ use crate::telemetry::failpoint::{self, Failpoint};
 
 /// Requests noted at once; the library answers further ones, but a crash would forget them.
 pub(super) const ASKED_MAX: usize = 1024;
-/// Connections that answer one request. A device that got none of the answers asks by itself.
-const ANSWERS_MAX: u8 = 3;
+/// Connections that begin to answer one request. Not few: each of them may die before a word is on the wire.
+const ANSWERS_MAX: u8 = 32;
 /// A request older than this is not answered: the text of the message is not kept longer either.
 const KEPT: Duration = Duration::from_secs(8 * 24 * 3600);
 /// The library answers no request beyond the fifth (`MAX_RETRY_COUNT`, as WhatsApp Web).
@@ -115,8 +115,8 @@ async fn answer(wire: &Wire, asked: &Asked) -> Result<(), Unanswered> {
     let message = text_of(wire, &chat, &asked.whatsapp_id).await?;
     let again = Asked { answers: asked.answers.saturating_add(1), ..asked.clone() };
     wire.backend.note_asked(&again).await.map_err(|_| Unanswered::NotNow)?;
-    if asked.answers > 0 {
-        // It got an answer and could not open that either.
+    if asked.answers > 0 || asked.count > 1 {
+        // It may have got an answer, and could not open that either. A device asks five times and no more.
         let sessions = wire.client.signal();
         sessions.delete_sessions(std::slice::from_ref(&device)).await.map_err(|_| Unanswered::NotNow)?;
     }
