@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
+use crate::store::error::OpenError;
 use crate::store::layout::{Store, StoreSettings};
 use crate::store::meta::{NumberKind, NumberRecord};
 use crate::store::number_store::NumberStore;
@@ -26,7 +28,18 @@ impl Home {
     }
 
     pub(super) fn open(&self) -> Store {
-        Store::open(&self.settings).unwrap()
+        self.try_open().unwrap()
+    }
+
+    /// A process that another test starts at this moment holds copies of all locks until it is another program.
+    pub(super) fn try_open(&self) -> Result<Store, OpenError> {
+        let by = Instant::now() + Duration::from_secs(20);
+        loop {
+            match Store::open(&self.settings) {
+                Err(OpenError::InUse(_)) if Instant::now() < by => std::thread::sleep(Duration::from_millis(5)),
+                opened => return opened,
+            }
+        }
     }
 }
 

@@ -161,15 +161,15 @@ async fn without_its_master_key_a_directory_does_not_open_and_gets_no_new_one() 
     drop(store);
     let kept = fs::read_to_string(file).unwrap();
     fs::remove_file(file).unwrap();
-    let error = Store::open(&home.settings).unwrap_err();
+    let error = home.try_open().unwrap_err();
     assert!(matches!(error, OpenError::MasterKey(MasterKeyError::Missing { .. })), "{error}");
     assert!(!file.exists());
     MasterKeys::load_or_create(file, &home.settings.random).unwrap();
-    let error = Store::open(&home.settings).unwrap_err();
+    let error = home.try_open().unwrap_err();
     assert!(matches!(error, OpenError::MasterKey(MasterKeyError::NotOurs { .. })), "{error}");
     fs::write(file, kept).unwrap();
     fs::set_permissions(file, fs::Permissions::from_mode(0o604)).unwrap();
-    let error = Store::open(&home.settings).unwrap_err();
+    let error = home.try_open().unwrap_err();
     assert!(matches!(error, OpenError::MasterKey(MasterKeyError::Permissions { .. })), "{error}");
     fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
     home.open().close();
@@ -183,7 +183,7 @@ fn a_directory_of_another_format_is_refused_by_its_number() {
         meta.write_now(vec![RawOp::Put(b"S".to_vec(), settings.as_bytes().to_vec())]).unwrap();
         meta.close();
         drop(meta);
-        let error = Store::open(&home.settings).unwrap_err();
+        let error = home.try_open().unwrap_err();
         assert!(matches!(error, OpenError::Format { found: of, supported: 2, .. } if of == found), "{error}");
         assert!(!home.settings.master_key_file.exists(), "nothing is made beside data that is not understood");
     }
