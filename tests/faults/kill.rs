@@ -16,6 +16,9 @@ use crate::world::{CUSTOMERS, World, customer, link, own_phone, until};
 
 /// A failpoint that is not reached within this time was not part of the load.
 const REACHED_WITHIN: Duration = Duration::from_secs(30);
+/// How often a life is given the chance to answer what an earlier one was asked, and how long each has.
+const ANSWER_TRIES: u32 = 20;
+const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// One kill in so many is followed by a SIGTERM.
 const DRAIN_EVERY: u32 = 10;
 /// Messages a second, all chats and both directions together, without `RATE`.
@@ -77,13 +80,31 @@ impl Lives {
     /// One life that ends at `name`, reached for the first time or a later one.
     async fn killed_at(&mut self, name: &str) {
         if name == Failpoint::RepeatBeforeWire.name() {
-            // Reached only by a life that finds a request which nobody answered.
-            self.ended_at(Failpoint::RepeatNoted.name(), 1).await;
+            return self.killed_before_an_answer().await;
         }
         let most = if name.starts_with("group") { 200 } else { 8 };
         let nth = if once_a_life(name) { 1 } else { self.random.random_range(1..=most) };
         self.ended_at(name, nth).await;
         self.start_again(None);
+    }
+
+    /// A life reaches this place only if the one before left a request for a repeat that nothing has settled since: the
+    /// message itself may go out again first, and then there is nothing to answer.
+    async fn killed_before_an_answer(&mut self) {
+        for _ in 0..ANSWER_TRIES {
+            self.ended_at(Failpoint::RepeatNoted.name(), 1).await;
+            self.start_again(Some(Failpoint::RepeatBeforeWire.name()));
+            let _ = tokio::time::timeout(ANSWER_WITHIN, async {
+                while self.daemon.as_mut().unwrap().ended().is_none() {
+                    sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
+            if self.daemon.as_mut().unwrap().ended().is_some() {
+                return self.start_again(None);
+            }
+        }
+        panic!("no life answered a request that an earlier one had left");
     }
 
     async fn ended_at(&mut self, name: &str, nth: u32) {

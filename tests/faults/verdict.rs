@@ -14,7 +14,7 @@ use crate::load::{Record, Shared, Told, described};
 use crate::world::{World, neighbour};
 
 /// Violations that have not changed for so long are not going to.
-const SETTLED_AFTER: Duration = Duration::from_secs(30);
+const SETTLED_AFTER: Duration = Duration::from_secs(60);
 /// Longest a backlog may take that is still being worked off.
 const SETTLED_WITHIN: Duration = Duration::from_secs(600);
 /// Differences shown of one list.

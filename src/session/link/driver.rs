@@ -24,7 +24,7 @@ use super::events::subscribe;
 use super::inbound::Inbox;
 use super::lock;
 use super::pump::pump;
-use super::repeats::{Asked, answer_all};
+use super::repeats::{Asked, answer_all, answer_overdue};
 use super::runtime::LinkRuntime;
 use super::send::{Outbound, Wire};
 use super::session::{LinkParams, Purpose};
@@ -429,6 +429,11 @@ impl Connection<'_> {
             return None;
         }
         self.signals().backlog.forget_waited();
+        while self.answering.try_join_next().is_some() {}
+        if self.answering.is_empty() && self.signals().has_unanswered() {
+            let answer = answer_overdue(self.outbound.wire(), self.signals().clone());
+            self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
+        }
         let silence = self.signals().silence()?;
         if silence >= UNRESPONSIVE_AFTER {
             return Some(CloseReason::Unresponsive);

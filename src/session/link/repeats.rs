@@ -23,6 +23,8 @@ use crate::telemetry::failpoint::{self, Failpoint};
 pub(super) const ASKED_MAX: usize = 1024;
 /// Connections that begin to answer one request. Not few: each of them may die before a word is on the wire.
 const ANSWERS_MAX: u8 = 32;
+/// How long the library has for its own answer.
+const OVERDUE_SECONDS: i64 = 10;
 /// A request older than this is not answered: the text of the message is not kept longer either.
 const KEPT: Duration = Duration::from_secs(8 * 24 * 3600);
 /// The library answers no request beyond the fifth (`MAX_RETRY_COUNT`, as WhatsApp Web).
@@ -82,7 +84,7 @@ pub(super) fn asked_by(node: &NodeRef<'_>) -> Option<Asked> {
 pub(super) async fn answer_all(wire: Arc<Wire>, signals: Arc<Signals>, left: Vec<Asked>) {
     let mut answered = 0_usize;
     for asked in left {
-        if !signals.awaits_confirmation(&asked.name()) {
+        if !signals.claim_answer(&asked.name()) {
             continue;
         }
         if asked.is_stale(now_secs()) {
@@ -99,7 +101,16 @@ pub(super) async fn answer_all(wire: Arc<Wire>, signals: Arc<Signals>, left: Vec
         }
     }
     if answered > 0 {
-        tracing::info!(answered, "sent again what devices had asked an earlier connection for");
+        tracing::info!(answered, "sent again what devices still waited for");
+    }
+}
+
+/// Answers what the library has left open for a while: it does not say when it failed, and refuses the fifth request.
+pub(super) async fn answer_overdue(wire: Arc<Wire>, signals: Arc<Signals>) {
+    if let Ok(mut open) = wire.backend.asked().await {
+        let overdue = now_secs() - OVERDUE_SECONDS;
+        open.retain(|asked| asked.at <= overdue);
+        answer_all(wire, signals, open).await;
     }
 }
 

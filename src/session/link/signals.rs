@@ -2,7 +2,7 @@
 //! answered, and the one queue through which everything reaches the number. Handlers of the library run
 //! synchronously and must only ever touch this.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -89,8 +89,8 @@ pub(super) struct Signals {
     repeats: Barrier,
     /// Messages that were heard and are not decrypted.
     pub(super) backlog: Backlog,
-    /// Requests for a repeat that are on disk, or on their way there.
-    asked: Mutex<HashSet<AskedName>>,
+    /// Requests for a repeat that are on disk, or on their way there; and whether this session answered.
+    asked: Mutex<HashMap<AskedName, bool>>,
     queue: mpsc::Sender<Queued>,
     recovered: mpsc::Sender<InboundMessage>,
     client: OnceLock<Weak<Client>>,
@@ -322,11 +322,11 @@ impl Signals {
     /// Queues a device's request for a repeat; one without room ends the connection, as a receipt does.
     pub(super) fn push_asked(&self, asked: Asked) {
         let mut known = self.asked();
-        if known.len() >= ASKED_MAX && !known.contains(&asked.name()) {
+        if known.len() >= ASKED_MAX && !known.contains_key(&asked.name()) {
             tracing::warn!(most = ASKED_MAX, "too many requests for repeats: a crash would forget this one");
             return;
         }
-        known.insert(asked.name());
+        known.insert(asked.name(), false);
         drop(known);
         self.repeats.hear();
         self.push_or_end(Queued::Asked(Box::new(asked)));
@@ -339,18 +339,23 @@ impl Signals {
         }
     }
 
-    fn asked(&self) -> MutexGuard<'_, HashSet<AskedName>> {
+    fn asked(&self) -> MutexGuard<'_, HashMap<AskedName, bool>> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Requests that earlier connections left open.
     pub(super) fn expect_confirmation(&self, left: &[Asked]) {
-        self.asked().extend(left.iter().map(Asked::name));
+        self.asked().extend(left.iter().map(|asked| (asked.name(), false)));
     }
 
-    /// Whether a request is still open.
-    pub(super) fn awaits_confirmation(&self, name: &AskedName) -> bool {
-        self.asked().contains(name)
+    /// Whether any request is open that this session has not answered besides the library.
+    pub(super) fn has_unanswered(&self) -> bool {
+        self.asked().values().any(|answered| !answered)
+    }
+
+    /// Claims the one answer of this session to a request. False: it is settled, or has had its answer.
+    pub(super) fn claim_answer(&self, name: &AskedName) -> bool {
+        self.asked().get_mut(name).is_some_and(|answered| !std::mem::replace(answered, true))
     }
 
     /// A device has a message, whether it had asked for it or not.
@@ -360,7 +365,7 @@ impl Signals {
             return;
         }
         let name = (device.to_owned(), whatsapp_id.to_owned());
-        if known.remove(&name) {
+        if known.remove(&name).is_some() {
             drop(known);
             self.push(Queued::Confirmed(Box::new(name)));
         }
