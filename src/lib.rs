@@ -56,7 +56,7 @@
 //! | never sent early, late, withdrawn, or as a new chat during a hold | `sim::no_promise_breaks_in_any_storm` |
 //! | what could not be decrypted gets its content in the same row, and is told once | `domain::number::receiving::tests`, `it::inbound` |
 //! | each of WhatsApp's answers to a message ends as its code says | `domain::ack::tests`, `it::answers` |
-//! | a device's request for a repeat is answered, also after a crash (not yet after a crash at each of its requests) | `session::link::repeats`, `faults::kill` by name |
+//! | a device's request for a repeat is answered, also after a crash | `session::link::repeats`, `faults::kill` |
 //! | a message that was opened and is nowhere is asked for again, not acknowledged | `tests/session.rs` |
 //! | messages that wait to be decrypted have a limit | `session::link::backlog::tests` |
 //! | statuses only climb | `domain::message::tests::the_ladder_only_climbs_whatever_the_order` |

@@ -1,6 +1,7 @@
 //! What a linked device has not yet acknowledged, in order. A stanza stays here from its arrival until the device's
 //! receipt or ack, so a client that dies between reading and storing gets it again at its next login.
 
+use crate::sandbox::stanza::{attr, jid};
 use std::collections::VecDeque;
 use whatsapp_rust::wacore_binary::Node;
 
@@ -47,11 +48,25 @@ impl Backlog {
         true
     }
 
-    /// Removes the oldest stanza of this class and id; false when there is none.
-    pub fn acknowledge(&mut self, class: &str, id: &str) -> bool {
-        let found = self.waiting.iter().position(|waiting| {
-            waiting.node.tag == class && waiting.node.attrs.get("id").is_some_and(|value| *value == id)
-        });
+    /// Removes the oldest message of this id; false when there is none.
+    pub fn received(&mut self, id: &str) -> bool {
+        self.remove_first(|node| node.tag == "message" && attr(node, "id").is_some_and(|own| own == id))
+    }
+
+    /// Removes the oldest stanza that an `<ack>` can mean; false when there is none. A receipt carries the id of its
+    /// message, so several of one id wait together, and only sender and type tell them apart.
+    pub fn acknowledge(&mut self, ack: &Node) -> bool {
+        self.remove_first(|node| {
+            let is_receipt = node.tag == "receipt";
+            attr(ack, "class").is_some_and(|class| node.tag == *class)
+                && attr(ack, "id") == attr(node, "id")
+                && jid(ack, "to") == jid(node, "from")
+                && (!is_receipt || attr(ack, "type") == attr(node, "type"))
+        })
+    }
+
+    fn remove_first(&mut self, is_meant: impl Fn(&Node) -> bool) -> bool {
+        let found = self.waiting.iter().position(|waiting| is_meant(&waiting.node));
         found.and_then(|index| self.waiting.remove(index)).is_some()
     }
 
@@ -94,18 +109,39 @@ mod tests {
         tag("message").attr("id", id).build()
     }
 
+    fn sequences(backlog: &Backlog) -> Vec<u64> {
+        backlog.range(0, backlog.end(), 10).iter().map(|waiting| waiting.sequence).collect()
+    }
+
     #[test]
     fn a_stanza_stays_until_it_is_acknowledged() {
         let mut backlog = Backlog::default();
         for id in ["a", "b", "c"] {
             assert!(backlog.push(message(id)));
         }
-        assert!(backlog.acknowledge("message", "b"));
-        assert!(!backlog.acknowledge("message", "b"));
-        assert!(!backlog.acknowledge("receipt", "a"));
-        let left: Vec<u64> = backlog.range(0, backlog.end(), 10).iter().map(|waiting| waiting.sequence).collect();
-        assert_eq!(left, [0, 2]);
+        assert!(backlog.received("b"));
+        assert!(!backlog.received("b"));
+        assert!(!backlog.acknowledge(&tag("ack").attr("class", "receipt").attr("id", "a").build()));
+        assert_eq!(sequences(&backlog), [0, 2]);
         assert_eq!(backlog.preview(), Preview { count: 2, messages: 2, ..Preview::default() });
+        assert!(backlog.acknowledge(&tag("ack").attr("class", "message").attr("id", "a").build()));
+        assert_eq!(sequences(&backlog), [2]);
+    }
+
+    #[test]
+    fn an_ack_means_the_receipt_of_its_sender_and_type() {
+        let (ours, theirs) = ("15550000001@s.whatsapp.net", "15550000002@s.whatsapp.net");
+        let receipt = |from: &'static str| tag("receipt").attr("id", "a").attr("from", from);
+        let ack = |to: &'static str| tag("ack").attr("class", "receipt").attr("id", "a").attr("to", to);
+        let mut backlog = Backlog::default();
+        backlog.push(receipt(theirs).attr("type", "retry").build());
+        backlog.push(receipt(ours).attr("type", "sender").build());
+        backlog.push(receipt(theirs).build());
+        assert!(backlog.acknowledge(&ack(theirs).build()));
+        assert_eq!(sequences(&backlog), [0, 1]);
+        assert!(backlog.acknowledge(&ack(ours).attr("type", "sender").build()));
+        assert!(!backlog.acknowledge(&ack(ours).attr("type", "retry").build()));
+        assert_eq!(sequences(&backlog), [0]);
     }
 
     #[test]

@@ -158,9 +158,7 @@ fn react(world: &Arc<World>, peer: &Peer, node: &Node) -> Vec<Reaction> {
         "message" => message::from_device(world, device, node).map(Reaction::Reply).into_iter().collect(),
         "receipt" => vec![Reaction::Reply(receipt::from_device(world, device, node))],
         "ack" => {
-            if let (Some(class), Some(id)) = (attr(node, "class"), attr(node, "id")) {
-                world.acknowledge(device, &class, &[id.into_owned()]);
-            }
+            world.acknowledge(device, node);
             Vec::new()
         }
         // Presence, chat state, calls, session telemetry and pulls of a backlog that is pushed anyway.

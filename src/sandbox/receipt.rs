@@ -91,7 +91,7 @@ pub fn from_device(world: &World, device: &DeviceAddress, node: &Node) -> Node {
     // Asking again acknowledges nothing: the ack that follows clears the copy that could not be opened, and would
     // otherwise clear the repetition that may have arrived in between.
     if kind.as_deref() != Some("retry") {
-        world.acknowledge(device, "message", &ids);
+        world.received(device, &ids);
     }
     let to = jid(node, "to");
     if let Some((writer, addressing)) = to.as_ref().and_then(resolve) {

@@ -17,6 +17,7 @@ use crate::sandbox::stats::Stats;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use whatsapp_rust::wacore_binary::Node;
 
 /// Accounts one sandbox may have.
 const ACCOUNT_LIMIT: usize = 200_000;
@@ -150,16 +151,23 @@ impl World {
         self.change_state(&device.phone, take).flatten()
     }
 
-    /// Crosses off what a device has acknowledged.
-    pub fn acknowledge(&self, device: &DeviceAddress, class: &str, ids: &[String]) {
+    /// Crosses off messages a device says it has received.
+    pub fn received(&self, device: &DeviceAddress, ids: &[String]) {
         if self.faults.redelivers(&device.phone) {
             return;
         }
         self.change_companion(device, |companion| {
             for id in ids {
-                companion.backlog.acknowledge(class, id);
+                companion.backlog.received(id);
             }
         });
+    }
+
+    /// Crosses off what a device acknowledges.
+    pub fn acknowledge(&self, device: &DeviceAddress, ack: &Node) {
+        if !self.faults.redelivers(&device.phone) {
+            self.change_companion(device, |companion| companion.backlog.acknowledge(ack));
+        }
     }
 
     /// Carries stanzas to their devices, and whatever phones do about them.
