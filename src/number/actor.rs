@@ -16,6 +16,7 @@ use super::message::{
 };
 use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
+use crate::domain::gate::{Outcome, Priority};
 use crate::domain::id::{EventSeq, NumberId};
 use crate::domain::lifecycle;
 use crate::domain::limiter::NewChats;
@@ -62,6 +63,10 @@ pub struct NumberState {
     pub(super) loaded: Option<Loaded>,
     pub(super) backoff: Backoff,
     pub(super) turn: Option<GateTurn>,
+    /// As what it waits at the gate.
+    pub(super) asked: Option<Priority>,
+    /// How its last attempt to connect ended, in this life.
+    pub(super) last_attempt: Option<Outcome>,
     pub(super) connection: Connection,
     pub(super) next_connection: u64,
     pub(super) waiters: HashMap<ReplyId, Waiter>,
@@ -125,6 +130,8 @@ impl Actor for NumberActor {
             loaded: None,
             backoff,
             turn: None,
+            asked: None,
+            last_attempt: None,
             connection: Connection::None,
             next_connection: 1,
             waiters: HashMap::new(),
@@ -253,6 +260,7 @@ impl NumberState {
         let Some(loaded) = &mut self.loaded else { return };
         let effects = loaded.number.step(input, now);
         self.perform(effects, myself);
+        self.keep_place();
         self.publish(now);
         self.schedule(now, myself);
     }
@@ -266,6 +274,7 @@ impl NumberState {
             Inner::Record(reply, body, record) => self.answer_from_record(reply, body, record?),
             Inner::Granted(turn) => {
                 self.turn = Some(turn);
+                self.asked = None;
                 self.step(Input::Life(lifecycle::Input::Granted), myself);
             }
             Inner::Session(connection, event, credit) => {
@@ -375,7 +384,7 @@ impl NumberState {
                 self.step(Input::Life(lifecycle::Input::Paired), myself);
             }
             FromSession::Online => {
-                self.turn = None;
+                self.attempt_ended(Outcome::Online);
                 self.step(Input::Life(lifecycle::Input::Online), myself);
             }
             FromSession::Alive => self.step(Input::Life(lifecycle::Input::Alive), myself),
@@ -401,11 +410,31 @@ impl NumberState {
                 if reason != CloseReason::Requested {
                     self.handle.stats().reconnects.add(1);
                 }
-                self.turn = None;
+                self.attempt_ended(Outcome::of(&reason));
                 self.connection = Connection::None;
                 let backoff = self.backoff.next_delay(&self.environment.random);
                 self.step(Input::Life(lifecycle::Input::Closed { reason, backoff }), myself);
             }
+        }
+    }
+
+    /// The gate hears how an attempt ended. What ends a connection that was online is no matter of the gate's, except
+    /// that WhatsApp refuses our version.
+    fn attempt_ended(&mut self, outcome: Outcome) {
+        if self.turn.is_none() && outcome != Outcome::Outdated {
+            return;
+        }
+        self.environment.gate.report(self.handle.id(), outcome);
+        self.last_attempt = Some(outcome);
+        self.turn = None;
+    }
+
+    /// What came to be sent while it waits at the gate lets it go before those that have nothing.
+    fn keep_place(&mut self) {
+        let sends = self.loaded.as_ref().is_some_and(|loaded| !loaded.number.outbox().is_empty());
+        if self.asked == Some(Priority::Normal) && sends {
+            self.asked = Some(Priority::Waiting);
+            self.environment.gate.promote(self.handle.id());
         }
     }
 

@@ -13,7 +13,7 @@ use super::session_pump::SessionPump;
 use crate::domain::close::CloseReason;
 use crate::domain::delivery::{Dispatch, LoadPage, LoadReplay, REPLAY_READ, WINDOW_MAX};
 use crate::domain::event::Event;
-use crate::domain::gate::Priority;
+use crate::domain::gate::{Outcome, Priority};
 use crate::domain::id::MessageSeq;
 use crate::domain::lifecycle::{self, Purpose, State};
 use crate::domain::message::Content;
@@ -77,6 +77,7 @@ impl NumberState {
             lifecycle::Effect::AskGate => self.ask_gate(myself),
             lifecycle::Effect::LeaveGate => {
                 self.turn = None;
+                self.asked = None;
                 self.environment.gate.leave(self.handle.id());
             }
             lifecycle::Effect::Open(purpose) => self.open(purpose, myself),
@@ -85,17 +86,18 @@ impl NumberState {
         }
     }
 
-    fn ask_gate(&self, myself: &ActorRef<NumberMessage>) {
+    fn ask_gate(&mut self, myself: &ActorRef<NumberMessage>) {
         let Some(Loaded { number, .. }) = &self.loaded else { return };
         let priority = if number.purpose() == Purpose::Pair {
             Priority::Person
-        } else if !matches!(number.life().reason.as_str(), "" | "RECYCLED" | "REQUESTED") {
+        } else if matches!(self.last_attempt, Some(Outcome::Failed | Outcome::Outdated)) {
             Priority::Failed
         } else if !number.outbox().is_empty() {
             Priority::Waiting
         } else {
             Priority::Normal
         };
+        self.asked = Some(priority);
         let actor = myself.clone();
         let granted = Box::new(move |turn| drop(actor.cast(Inner::Granted(turn).into())));
         self.environment.gate.ask(self.handle.id(), priority, granted);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use super::message::GateTurn;
-use crate::domain::gate::Priority;
+use crate::domain::gate::{Outcome, Priority};
 use crate::domain::id::NumberId;
 use crate::domain::number::SendingRules;
 use crate::domain::retention::Policy;
@@ -61,4 +61,8 @@ pub trait Turnstile: Send + Sync {
     fn ask(&self, number: NumberId, priority: Priority, granted: Box<dyn FnOnce(GateTurn) + Send>);
     /// Leaves the queue, or gives the turn back.
     fn leave(&self, number: NumberId);
+    /// A number that waits got something to send.
+    fn promote(&self, number: NumberId);
+    /// Tells how a number's attempt ended. A refused version is also told by one that was online.
+    fn report(&self, number: NumberId, outcome: Outcome);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 
-use crate::domain::gate::{Gate, GateLimits, Priority};
+use crate::domain::gate::{Cause, Figures, Gate, GateLimits, Mode, Notice, Outcome, Priority};
 use crate::domain::id::NumberId;
 use crate::number::environment::Turnstile;
 use crate::number::message::GateTurn;
@@ -39,7 +39,7 @@ impl ConnectGate {
     /// A gate at rest; it grants only while [`Self::run`] runs.
     #[must_use]
     pub fn new(limits: GateLimits, clock: Arc<dyn Clock>) -> Arc<Self> {
-        let gate = Gate::new(limits, clock.now());
+        let gate = Gate::new(limits, clock.monotonic());
         let queue = Queue { gate, waiting: HashMap::new(), closed: false };
         Arc::new_cyclic(|own| Self { queue: Mutex::new(queue), changed: Notify::new(), clock, own: own.clone() })
     }
@@ -51,6 +51,12 @@ impl ConnectGate {
     /// No more turns: the process is going down.
     pub fn close(&self) {
         self.queue().closed = true;
+    }
+
+    /// The sessions claim another version of WhatsApp Web from now on.
+    pub fn version_changed(&self) {
+        self.queue().gate.version_changed(self.clock.monotonic());
+        self.changed.notify_one();
     }
 
     /// Gives turns until dropped.
@@ -71,14 +77,15 @@ impl ConnectGate {
             if queue.closed {
                 return None;
             }
-            for number in queue.gate.grant(self.clock.now()) {
+            let now = self.clock.monotonic();
+            for number in queue.gate.grant(now) {
                 match queue.waiting.remove(&number) {
                     Some(granted) => turns.push((number, granted)),
-                    None => queue.gate.leave(number),
+                    None => queue.gate.leave(number, now),
                 }
             }
-            metrics::gate(queue.gate.waiting(), queue.gate.under_way());
-            queue.gate.next_grant_in()
+            show(queue.gate.figures());
+            queue.gate.next_grant_in(now)
         };
         for (number, granted) in turns {
             metrics::gate_grant();
@@ -107,10 +114,51 @@ impl Turnstile for ConnectGate {
     fn leave(&self, number: NumberId) {
         let forgotten = {
             let mut queue = self.queue();
-            queue.gate.leave(number);
+            queue.gate.leave(number, self.clock.monotonic());
             queue.waiting.remove(&number)
         };
         drop(forgotten);
         self.changed.notify_one();
+    }
+
+    fn promote(&self, number: NumberId) {
+        self.queue().gate.promote(number);
+    }
+
+    fn report(&self, number: NumberId, outcome: Outcome) {
+        let notice = self.queue().gate.report(number, outcome, self.clock.monotonic());
+        if let Some(notice) = notice {
+            tell(notice);
+        }
+        self.changed.notify_one();
+    }
+}
+
+fn show(figures: Figures) {
+    metrics::gate(figures.waiting, figures.under_way, figures.rate_milli as f64 / 1000.0);
+    for mode in Mode::ALL {
+        metrics::gate_mode(mode.name(), mode == figures.mode);
+    }
+}
+
+/// One line for each turn of events; those at `error` are worth waking somebody for.
+fn tell(notice: Notice) {
+    match notice {
+        Notice::Slowed => tracing::warn!("gate: most connections fail, the pace is halved"),
+        Notice::Held(Cause::Failing) => {
+            tracing::error!("gate: every connection fails, one at a time is tried from now on");
+        }
+        Notice::Held(Cause::Outdated) => {
+            tracing::error!("gate: whatsapp refuses our version (405), the fleet waits for another one");
+        }
+        Notice::CanaryFailed(pause) => {
+            metrics::gate_canary_failed();
+            tracing::warn!(pause_seconds = pause.as_secs(), "gate: the canary failed");
+        }
+        Notice::Released(cause) => {
+            metrics::gate_released();
+            tracing::info!(?cause, "gate: the canary came online, the others follow");
+        }
+        Notice::Restored => tracing::info!("gate: back at the configured pace"),
     }
 }

@@ -27,6 +27,10 @@ const API_SLOW_STREAMS_TOTAL: &str = "switchboard_api_slow_streams_total";
 const GATE_WAITING: &str = "switchboard_gate_waiting";
 const GATE_OPENING: &str = "switchboard_gate_opening";
 const GATE_GRANTS_TOTAL: &str = "switchboard_gate_grants_total";
+const GATE_RATE: &str = "switchboard_gate_rate";
+const GATE_MODE: &str = "switchboard_gate_mode";
+const GATE_CANARIES_FAILED_TOTAL: &str = "switchboard_gate_canaries_failed_total";
+const GATE_RELEASES_TOTAL: &str = "switchboard_gate_releases_total";
 const CONNECTIONS_CLOSED_TOTAL: &str = "switchboard_connections_closed_total";
 const RESTARTS_TOTAL: &str = "switchboard_restarts_total";
 const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
@@ -118,6 +122,10 @@ fn describe() {
     describe_gauge!(GATE_WAITING, "Numbers waiting for their turn to connect");
     describe_gauge!(GATE_OPENING, "Sessions being opened");
     describe_counter!(GATE_GRANTS_TOTAL, "Sessions allowed to open");
+    describe_gauge!(GATE_RATE, "Sessions a second that may be opened at present, 0 while only canaries go");
+    describe_gauge!(GATE_MODE, "1 for the way the gate works at present: alert on held_failing and held_outdated");
+    describe_counter!(GATE_CANARIES_FAILED_TOTAL, "Canaries that failed while the fleet was held");
+    describe_counter!(GATE_RELEASES_TOTAL, "Times that a canary came online and the fleet was released");
     describe_counter!(CONNECTIONS_CLOSED_TOTAL, "Connections that ended, by reason");
     describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
     describe_counter!(QUARANTINES_TOTAL, "Numbers that crashed too often");
@@ -244,10 +252,26 @@ impl Drop for OpenStream {
     }
 }
 
-/// How many numbers wait at the gate and how many are opening.
-pub fn gate(waiting: usize, opening: usize) {
+/// How many numbers wait at the gate, how many are opening, and how many a second may.
+pub fn gate(waiting: usize, opening: usize, rate: f64) {
     gauge!(GATE_WAITING).set(waiting as f64);
     gauge!(GATE_OPENING).set(opening as f64);
+    gauge!(GATE_RATE).set(rate);
+}
+
+/// Whether the gate works in the way of that name.
+pub fn gate_mode(mode: &'static str, is_present: bool) {
+    gauge!(GATE_MODE, "mode" => mode).set(f64::from(u8::from(is_present)));
+}
+
+/// A canary failed.
+pub fn gate_canary_failed() {
+    counter!(GATE_CANARIES_FAILED_TOTAL).increment(1);
+}
+
+/// The fleet was released.
+pub fn gate_released() {
+    counter!(GATE_RELEASES_TOTAL).increment(1);
 }
 
 /// The gate let a number through.

@@ -9,6 +9,7 @@
 mod callers;
 mod disk;
 mod endpoints;
+mod gate;
 mod outage;
 mod people;
 mod plan;
