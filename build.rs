@@ -4,10 +4,11 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "switchboard/v1/event.proto",
     "switchboard/v1/message.proto",
     "switchboard/v1/number.proto",
+    "switchboard/v1/operator.proto",
     "switchboard/v1/tenant.proto",
     "switchboard/v1/webhook.proto",
 ];

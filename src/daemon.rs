@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::api::drain::{self, DrainTrigger};
@@ -20,6 +20,7 @@ use crate::domain::gate::GateLimits;
 use crate::domain::limiter::{Limits, Pace};
 use crate::domain::number::SendingRules;
 use crate::domain::retention::Policy as Keeping;
+use crate::domain::version::ClientVersion;
 use crate::number::environment::{Environment, SWEEPS_AT_ONCE};
 use crate::session::contract::SessionHandle;
 use crate::session::link::{self, LinkConfig, LinkEnvironment, LinkParams, Purpose};
@@ -81,7 +82,8 @@ pub struct Daemon {
     admin: Listener,
     grace: Duration,
     root_ended: JoinHandle<()>,
-    gate_task: AbortOnDrop,
+    /// What runs beside the numbers.
+    tasks: [AbortOnDrop; 3],
 }
 
 impl std::fmt::Debug for Daemon {
@@ -169,7 +171,11 @@ impl Daemon {
         let admin = Listener::serve(admin_listener, admin_address, admin(parts), admin_drain);
         let policy = if config.webhook.allow_private { Policy::AllowPrivate } else { Policy::PublicOnly };
         let (sessions, gate, environment) = environment(config, &store, &clock, &random, policy)?;
-        let gate_task = AbortOnDrop(tokio::task::spawn(gate.clone().run()));
+        let tasks = [
+            AbortOnDrop(tokio::task::spawn(gate.clone().run())),
+            AbortOnDrop(tokio::task::spawn(sessions.versions().clone().run())),
+            AbortOnDrop(tokio::task::spawn(tell_gate_of_versions(sessions.versions().watch(), gate.clone()))),
+        ];
         let (fleet, root_ended) = Fleet::start(environment).await.map_err(part("supervisor"))?;
         let public_drain = drain::channel();
         let api = Api::new(Parts {
@@ -177,6 +183,7 @@ impl Daemon {
             fleet: fleet.clone(),
             clock,
             random,
+            versions: sessions.versions().clone(),
             webhook_policy: policy,
             drain: public_drain.1.clone(),
             stream_patience: config.api.stream_patience,
@@ -189,7 +196,7 @@ impl Daemon {
         tracing::info!(operator_key = %operator_key.display(), "operator key");
         tracing::info!(api = %public.address, admin = %admin.address, "ready");
         let grace = config.shutdown.grace;
-        Ok(Self { fleet, store, gate, sessions, health, public, admin, grace, root_ended, gate_task })
+        Ok(Self { fleet, store, gate, sessions, health, public, admin, grace, root_ended, tasks })
     }
 
     /// Where gRPC and the JSON API answer.
@@ -220,7 +227,7 @@ impl Daemon {
     pub async fn drain(self, hurry: impl Future<Output = ()>) {
         tracing::info!("draining");
         failpoint::reach(Failpoint::DrainBegun);
-        let Self { fleet, store, gate, sessions, health, public, admin, grace, gate_task, .. } = self;
+        let Self { fleet, store, gate, sessions, health, public, admin, grace, tasks, .. } = self;
         health.set_serving(false).await;
         gate.close();
         let deadline = grace.saturating_sub(CLOSING_TIME);
@@ -233,7 +240,7 @@ impl Daemon {
             () = orderly => {}
             () = hurry => tracing::warn!("drain cut short"),
         }
-        drop(gate_task);
+        drop(tasks);
         failpoint::reach(Failpoint::DrainBeforeClose);
         let closing = store.clone();
         let _ = tokio::task::spawn_blocking(move || closing.close()).await;
@@ -301,8 +308,11 @@ fn environment(
     random: &Arc<Random>,
     policy: Policy,
 ) -> Result<(Arc<LinkEnvironment>, Arc<ConnectGate>, Arc<Environment>), StartError> {
-    let version = config.whatsapp.version.map(|version| (version.primary, version.secondary, version.tertiary));
-    let link = LinkConfig { url: config.whatsapp.url.to_string(), client_version: version };
+    let link = LinkConfig {
+        url: config.whatsapp.url.to_string(),
+        client_version: config.whatsapp.version,
+        meta: Some(store.meta().clone()),
+    };
     let sessions = LinkEnvironment::new(link).map_err(part("whatsapp"))?;
     let gate = ConnectGate::new(gate_limits(config), clock.clone());
     let webhooks = WebhookClient::new(client::Config { policy, timeout: config.webhook.timeout });
@@ -321,6 +331,12 @@ fn environment(
         reconnect: config.reconnect,
     });
     Ok((sessions, gate, environment))
+}
+
+async fn tell_gate_of_versions(mut versions: watch::Receiver<Option<ClientVersion>>, gate: Arc<ConnectGate>) {
+    while versions.changed().await.is_ok() {
+        gate.version_changed();
+    }
 }
 
 async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

@@ -66,6 +66,7 @@
 //! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
 //! | never two sockets of one number | `domain::lifecycle::tests::nothing_connects_that_must_not`; the sandbox counts |
 //! | never more or faster connections than the gate allows; nobody waits for ever; a fleet comes back by itself | `domain::gate::tests`, `sim::gate` |
+//! | a refused version (405) stops the fleet, one canary tries the next one; the last version found survives | `it::storms`, `session::link::version::tests` |
 //! | one number's crash is nobody else's | `it::failures::a_panic_restarts_one_number_alone` |
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |

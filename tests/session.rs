@@ -59,7 +59,7 @@ struct World {
 }
 
 fn environment(url: String) -> Arc<LinkEnvironment> {
-    LinkEnvironment::new(LinkConfig { url, client_version: Some((2, 3000, 1)) }).unwrap()
+    LinkEnvironment::new(LinkConfig { url, client_version: "2.3000.1".parse().ok(), meta: None }).unwrap()
 }
 
 impl World {

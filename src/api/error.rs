@@ -322,10 +322,11 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    const PROTOS: [&str; 5] = [
+    const PROTOS: [&str; 6] = [
         include_str!("../../proto/switchboard/v1/event.proto"),
         include_str!("../../proto/switchboard/v1/message.proto"),
         include_str!("../../proto/switchboard/v1/number.proto"),
+        include_str!("../../proto/switchboard/v1/operator.proto"),
         include_str!("../../proto/switchboard/v1/tenant.proto"),
         include_str!("../../proto/switchboard/v1/webhook.proto"),
     ];

@@ -9,6 +9,7 @@ pub mod http;
 pub mod keys;
 pub mod messages;
 pub mod numbers;
+pub mod operator;
 pub mod pairing;
 pub mod service;
 pub mod tenants;

@@ -13,6 +13,7 @@ use super::error::{ApiError, Reason};
 use crate::domain::access::{Caller, PresentedKey, StoredKey};
 use crate::domain::id::{NumberId, TenantId};
 use crate::number::handle::NumberHandle;
+use crate::session::link::ClientVersions;
 use crate::store::layout::Store;
 use crate::store::meta::{KeySubject, NumberRecord};
 use crate::store::number_store::NumberStore;
@@ -37,6 +38,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// Randomness for keys and ids.
     pub random: Arc<Random>,
+    /// The version of WhatsApp Web.
+    pub versions: Arc<ClientVersions>,
     /// Which webhook targets are allowed.
     pub webhook_policy: Policy,
     /// The end of the daemon.

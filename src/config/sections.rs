@@ -1,6 +1,5 @@
 //! The sections as types that cannot be wrong: what leaves this file was checked, and nobody checks it again.
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use url::Url;
 use super::error::{ConfigErrors, Mistake};
 use super::layers::{DEFAULTS, Layers, Raw, Setting};
 use crate::domain::number::OnUnknown;
+use crate::domain::version::ClientVersion;
 use crate::domain::webhook::Schedule;
 use crate::telemetry::backoff::{RECONNECT_FLOOR, Shape};
 use crate::telemetry::logging;
@@ -98,38 +98,7 @@ pub struct Whatsapp {
     /// Its WebSocket.
     pub url: Url,
     /// The version to announce; `None` asks for it at the start.
-    pub version: Option<WebVersion>,
-}
-
-/// A version of WhatsApp Web, for instance 2.3000.1234567890.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WebVersion {
-    /// First part.
-    pub primary: u32,
-    /// Second part.
-    pub secondary: u32,
-    /// Third part.
-    pub tertiary: u32,
-}
-
-impl fmt::Display for WebVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.primary, self.secondary, self.tertiary)
-    }
-}
-
-impl FromStr for WebVersion {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let mut parts = text.split('.').map(|part| part.parse::<u32>().map_err(drop));
-        match (parts.next(), parts.next(), parts.next(), parts.next()) {
-            (Some(primary), Some(secondary), Some(tertiary), None) => {
-                Ok(Self { primary: primary?, secondary: secondary?, tertiary: tertiary? })
-            }
-            _ => Err(()),
-        }
-    }
+    pub version: Option<ClientVersion>,
 }
 
 /// How fast connections may be opened, by all numbers together.

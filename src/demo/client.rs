@@ -13,6 +13,7 @@ use crate::api::grpc::proto;
 use crate::api::grpc::proto::event_service_client::EventServiceClient;
 use crate::api::grpc::proto::message_service_client::MessageServiceClient;
 use crate::api::grpc::proto::number_service_client::NumberServiceClient;
+use crate::api::grpc::proto::operator_service_client::OperatorServiceClient;
 use crate::api::grpc::proto::tenant_service_client::TenantServiceClient;
 use crate::api::grpc::proto::webhook_service_client::WebhookServiceClient;
 
@@ -76,6 +77,12 @@ impl Caller {
     #[must_use]
     pub fn tenants(&self) -> TenantServiceClient<Keyed> {
         TenantServiceClient::with_interceptor(self.channel.clone(), self.key.clone())
+    }
+
+    /// What only the operator may.
+    #[must_use]
+    pub fn operator(&self) -> OperatorServiceClient<Keyed> {
+        OperatorServiceClient::with_interceptor(self.channel.clone(), self.key.clone())
     }
 
     /// Numbers.

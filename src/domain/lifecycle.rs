@@ -20,8 +20,6 @@ const RATE_LIMIT_PAUSE_MIN: Duration = Duration::from_secs(300);
 const RATE_LIMIT_PAUSE_MAX: Duration = Duration::from_secs(7200);
 /// Pause after a refusal that waiting seldom heals; somebody has to look.
 const REFUSED_PAUSE: Duration = Duration::from_secs(6 * 3600);
-/// Pause when WhatsApp no longer accepts our version.
-const OUTDATED_PAUSE: Duration = Duration::from_secs(3600);
 /// Failures of one kind in a row that turn backing off into parking.
 const SUSPICIOUS_FAILURES: u32 = 3;
 
@@ -523,7 +521,8 @@ impl Life {
                 State::Offline { retry_at: now.after(backoff.max(ECHO_PAUSE)) }
             }
             CloseReason::Replaced => State::Replaced,
-            CloseReason::ClientOutdated => State::Parked { until: now.after(OUTDATED_PAUSE) },
+            // At the gate, which lets nobody but a canary through until one comes online.
+            CloseReason::ClientOutdated => State::Offline { retry_at: now },
             CloseReason::RateLimited => {
                 let doubled = RATE_LIMIT_PAUSE_MIN.saturating_mul(1 << self.rate_limits.min(10));
                 self.rate_limits = self.rate_limits.saturating_add(1);
@@ -580,7 +579,9 @@ mod tests {
             (CloseReason::TemporarilyBanned { code: 101, until: Some(until) }, State::Parked { until }),
             (CloseReason::TemporarilyBanned { code: 101, until: None }, parked(BAN_DEFAULT)),
             (CloseReason::Replaced, State::Replaced),
-            (CloseReason::ClientOutdated, parked(OUTDATED_PAUSE)),
+            // Every number meets it at once and none can heal it: they wait together, at the gate, for the one canary
+            // that tries the next version. Parked for an hour each, they would be down for an hour after it was healed.
+            (CloseReason::ClientOutdated, State::AwaitingGate),
             (CloseReason::RateLimited, parked(RATE_LIMIT_PAUSE_MIN)),
             (CloseReason::ServerError { code: 503 }, back_off),
             (CloseReason::Refused { code: 400 }, back_off),

@@ -20,4 +20,5 @@ pub mod phone;
 pub mod restart;
 pub mod retention;
 pub mod time;
+pub mod version;
 pub mod webhook;

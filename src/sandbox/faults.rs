@@ -49,6 +49,8 @@ pub struct Order {
     pub redeliver: Option<bool>,
     /// Write each batch of the backlog in reverse.
     pub reorder: Option<bool>,
+    /// Refuse logins (405) that claim an older version of WhatsApp Web than this one.
+    pub minimum_version: Option<String>,
     /// Refuse logins.
     pub login_failure: Option<LoginFailure>,
     /// How likely each `nack`, `drop_acks`, `lose`, `spoil` and `duplicate` is when it could happen; 1 when absent.
@@ -223,6 +225,15 @@ impl Faults {
         self.ask(phone, |order| order.reorder).unwrap_or(false)
     }
 
+    /// Whether a login with this version is refused for it.
+    pub fn is_outdated(&self, phone: &PhoneNumber, claimed: [u32; 3]) -> bool {
+        let minimum = self.ask(phone, |order| order.minimum_version.clone());
+        minimum.is_some_and(|minimum| {
+            let wanted: Vec<u32> = minimum.split('.').filter_map(|part| part.parse().ok()).collect();
+            claimed.as_slice() < wanted.as_slice()
+        })
+    }
+
     /// How the next login fails.
     pub fn login_failure(&self, phone: &PhoneNumber) -> Option<LoginFailure> {
         self.ask(phone, |order| {
@@ -248,6 +259,7 @@ impl Order {
         self.duplicate = newer.duplicate.or(self.duplicate);
         self.redeliver = newer.redeliver.or(self.redeliver);
         self.reorder = newer.reorder.or(self.reorder);
+        self.minimum_version = newer.minimum_version.or(self.minimum_version.take());
         self.login_failure = newer.login_failure.or(self.login_failure.take());
         self.chance = newer.chance.or(self.chance);
     }

@@ -20,6 +20,7 @@ use whatsapp_rust::waproto::whatsapp::ClientPayload;
 /// A device that reconnects gets this long to see its old socket closed before it counts as a conflict.
 const GRACE_FOR_OLD_SOCKET: Duration = Duration::from_millis(100);
 const UNAUTHORISED: u16 = 401;
+const OUTDATED: u16 = 405;
 
 /// The outcome of a handshake.
 pub enum Admission {
@@ -93,6 +94,10 @@ pub async fn admit(world: &Arc<World>, link: &Arc<Link>, by_ik: bool, client: &E
         world.stats.logins_refused.add(1);
         return Ok(Admission::Refused(failure(&ordered)));
     }
+    if world.faults.is_outdated(&device.phone, version_of(&payload)) {
+        world.stats.logins_refused.add(1);
+        return Ok(Admission::Refused(failure(&LoginFailure { reason: OUTDATED, ..unauthorised() })));
+    }
     let known = world.with_companion(&device, |companion| companion.noise == client.client_static);
     if known != Some(true) {
         world.stats.logins_refused.add(1);
@@ -136,6 +141,13 @@ async fn log_in(world: &Arc<World>, link: &Arc<Link>, device: DeviceAddress) -> 
         .attr("location", "sbx")
         .build();
     Admission::Device(Box::new(session), success)
+}
+
+/// The version of WhatsApp Web that a client says it is.
+fn version_of(payload: &ClientPayload) -> [u32; 3] {
+    let version = payload.user_agent.as_option().and_then(|agent| agent.app_version.as_option());
+    version
+        .map_or([0; 3], |version| [version.primary, version.secondary, version.tertiary].map(Option::unwrap_or_default))
 }
 
 fn unauthorised() -> LoginFailure {

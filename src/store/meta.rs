@@ -22,6 +22,7 @@ use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
+use crate::domain::version::Kept;
 use crate::telemetry::rng::Random;
 
 /// Rows read when the Db is opened; far above any fleet this process can hold.
@@ -114,6 +115,7 @@ struct Tables {
     keys: HashMap<String, Arc<KeyRecord>>,
     sealers: HashMap<NumberId, Arc<Sealer>>,
     erasures: HashMap<NumberId, Erasure>,
+    client_version: Kept,
 }
 
 /// The control plane's records.
@@ -135,6 +137,7 @@ const TENANT: u8 = b'T';
 const NUMBER: u8 = b'N';
 const KEY: u8 = b'K';
 const ERASURE: u8 = b'E';
+const CLIENT_VERSION: u8 = b'V';
 
 fn key_of(tag: u8, id: &[u8]) -> Vec<u8> {
     let mut key = vec![tag];
@@ -367,6 +370,25 @@ impl Meta {
         self.tables().keys.get(id).cloned()
     }
 
+    /// What is kept of the version of WhatsApp Web.
+    #[must_use]
+    pub fn client_version(&self) -> Kept {
+        self.tables().client_version
+    }
+
+    /// Changes what is kept of the version of WhatsApp Web.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub async fn keep_client_version(&self, change: impl FnOnce(&mut Kept)) -> Result<(), StoreError> {
+        let _one = self.writer.lock().await;
+        let mut kept = self.client_version();
+        change(&mut kept);
+        self.write(vec![self.sealed(key_of(CLIENT_VERSION, &[]), &kept)?]).await?;
+        self.change(|tables| tables.client_version = kept);
+        Ok(())
+    }
+
     /// The keys that speak for a subject.
     #[must_use]
     pub fn keys_of(&self, subject: KeySubject) -> Vec<Arc<KeyRecord>> {
@@ -400,6 +422,7 @@ impl Tables {
                 let record: KeyRecord = decode(key, value, meta)?;
                 self.keys.insert(record.id.clone(), Arc::new(record));
             }
+            Some(&CLIENT_VERSION) => self.client_version = decode(key, value, meta)?,
             Some(&ERASURE) => {
                 let number = number_of(key)?;
                 let [volume] = *value else { return Err(StoreError::Corrupt("an erasure".to_owned())) };

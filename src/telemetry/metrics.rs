@@ -31,6 +31,8 @@ const GATE_RATE: &str = "switchboard_gate_rate";
 const GATE_MODE: &str = "switchboard_gate_mode";
 const GATE_CANARIES_FAILED_TOTAL: &str = "switchboard_gate_canaries_failed_total";
 const GATE_RELEASES_TOTAL: &str = "switchboard_gate_releases_total";
+const CLIENT_VERSION_SOURCE: &str = "switchboard_client_version_source";
+const CLIENT_VERSION_FOUND: &str = "switchboard_client_version_lookup_timestamp_seconds";
 const CONNECTIONS_CLOSED_TOTAL: &str = "switchboard_connections_closed_total";
 const RESTARTS_TOTAL: &str = "switchboard_restarts_total";
 const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
@@ -126,6 +128,11 @@ fn describe() {
     describe_gauge!(GATE_MODE, "1 for the way the gate works at present: alert on held_failing and held_outdated");
     describe_counter!(GATE_CANARIES_FAILED_TOTAL, "Canaries that failed while the fleet was held");
     describe_counter!(GATE_RELEASES_TOTAL, "Times that a canary came online and the fleet was released");
+    describe_gauge!(
+        CLIENT_VERSION_SOURCE,
+        "1 for where the version of WhatsApp Web comes from, 0 for all: there is none"
+    );
+    describe_gauge!(CLIENT_VERSION_FOUND, "When the version was last looked up with success: alert on 30 days of age");
     describe_counter!(CONNECTIONS_CLOSED_TOTAL, "Connections that ended, by reason");
     describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
     describe_counter!(QUARANTINES_TOTAL, "Numbers that crashed too often");
@@ -277,6 +284,16 @@ pub fn gate_released() {
 /// The gate let a number through.
 pub fn gate_grant() {
     counter!(GATE_GRANTS_TOTAL).increment(1);
+}
+
+/// Whether the version of WhatsApp Web comes from there.
+pub fn client_version_source(source: &'static str, is_present: bool) {
+    gauge!(CLIENT_VERSION_SOURCE, "source" => source).set(f64::from(u8::from(is_present)));
+}
+
+/// When the version of WhatsApp Web was last looked up with success, in seconds since 1970.
+pub fn client_version_found(at: u64) {
+    gauge!(CLIENT_VERSION_FOUND).set(at as f64);
 }
 
 /// A connection ended; `reason` is `CloseReason::code`.

@@ -170,6 +170,17 @@ impl World {
         self.daemon.as_ref().unwrap().admin
     }
 
+    /// Sets more for the daemons that are started from now on.
+    pub(crate) fn change_settings(&mut self, settings: &[(&'static str, &'static str)]) {
+        self.settings.extend(settings);
+    }
+
+    /// The operator, after a restart.
+    pub(crate) async fn operator_again(&self) -> Caller {
+        let key = std::fs::read_to_string(self.data().join("keys/operator.key")).unwrap();
+        self.caller(key.trim()).await
+    }
+
     /// Kills the daemon and starts it again on the same data. Callers made before must connect again.
     pub(crate) fn kill_and_restart(&mut self) {
         self.daemon.take().unwrap().kill();

@@ -39,6 +39,8 @@ mod restart;
 mod retention;
 // Nothing in clear on disk; a deleted number's key is gone.
 mod sealing;
+// A refused version holds the fleet: one canary at a time, healed by the operator.
+mod storms;
 mod story;
 // Resumed without a gap, markers, expired cursors, slow readers, drain; a deleted number.
 mod streams;

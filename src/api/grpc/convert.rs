@@ -20,6 +20,8 @@ use crate::domain::number::CancelOutcome;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
+use crate::domain::version::Source;
+use crate::session::link::VersionCard;
 use crate::store::meta::{NumberKind, TenantRecord};
 
 pub(super) fn time(at: Timestamp) -> prost_types::Timestamp {
@@ -62,6 +64,22 @@ pub(super) fn kind_of(kind: i32) -> Result<NumberKind, ApiError> {
 
 pub(super) fn tenant(record: TenantRecord) -> pb::Tenant {
     pb::Tenant { id: record.id.to_string(), display_name: record.name, create_time: Some(time(record.created_at)) }
+}
+
+pub(super) fn client_version(card: VersionCard) -> pb::ClientVersion {
+    let source = match card.in_force.map(|(_, source)| source) {
+        None => pb::ClientVersionSource::Unspecified,
+        Some(Source::Override) => pb::ClientVersionSource::Override,
+        Some(Source::Config) => pb::ClientVersionSource::Config,
+        Some(Source::Fetched) => pb::ClientVersionSource::Fetched,
+        Some(Source::Kept) => pb::ClientVersionSource::Kept,
+    };
+    pb::ClientVersion {
+        version: card.in_force.map(|(version, _)| version.to_string()).unwrap_or_default(),
+        source: source.into(),
+        looked_up_version: card.found.map(|found| found.version.to_string()).unwrap_or_default(),
+        lookup_time: card.found.map(|found| time(found.at)),
+    }
 }
 
 pub(super) fn number(card: NumberCard) -> pb::Number {

@@ -4,6 +4,7 @@ mod convert;
 mod event_service;
 mod message_service;
 mod number_service;
+mod operator_service;
 pub mod proto;
 pub mod server;
 pub mod status;

@@ -40,6 +40,7 @@ impl Health {
             OVERALL,
             "switchboard.v1.TenantService",
             "switchboard.v1.NumberService",
+            "switchboard.v1.OperatorService",
             "switchboard.v1.MessageService",
             "switchboard.v1.EventService",
             "switchboard.v1.WebhookService",
@@ -72,6 +73,7 @@ pub async fn routes(api: &Arc<Api>) -> Result<(Routes, Health), ReflectionError>
     let service = || Service { api: api.clone() };
     let routes = Routes::new(proto::tenant_service_server::TenantServiceServer::new(service()))
         .add_service(proto::number_service_server::NumberServiceServer::new(service()))
+        .add_service(proto::operator_service_server::OperatorServiceServer::new(service()))
         .add_service(proto::message_service_server::MessageServiceServer::new(service()))
         .add_service(proto::event_service_server::EventServiceServer::new(service()))
         .add_service(proto::webhook_service_server::WebhookServiceServer::new(service()))

@@ -18,6 +18,7 @@ use super::inbound::Inbox;
 use super::runtime::LinkRuntime;
 use super::signals::Signals;
 use super::transport::{LinkTransportFactory, SocketSlot};
+use crate::domain::version::ClientVersion;
 
 /// The name the phone shows in its list of linked devices.
 const DEVICE_NAME: &str = "Switchboard";
@@ -89,7 +90,7 @@ pub(super) async fn load(parts: &Parts) -> Result<Arc<PersistenceManager>, NotBu
 pub(super) async fn build(
     parts: &Parts,
     persistence: Arc<PersistenceManager>,
-    version: (u32, u32, u32),
+    version: ClientVersion,
 ) -> Result<Arc<Client>, NotBuilt> {
     let factory = LinkTransportFactory {
         environment: parts.environment.clone(),
@@ -103,7 +104,7 @@ pub(super) async fn build(
         .with_persistence_manager(persistence)
         .with_transport_factory(factory)
         .with_http_client_arc(parts.environment.http())
-        .with_version_override(version)
+        .with_version_override((version.primary, version.secondary, version.tertiary))
         .with_cache_config(caches())
         .with_background_saver_interval(SAVE_EVERY)
         .with_inbound_durability_hook_arc(Inbox::new(parts.signals.clone()))

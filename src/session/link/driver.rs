@@ -131,7 +131,7 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
     parts.slot.close().await;
     parts.slot.release().await;
     if reason == CloseReason::ClientOutdated {
-        environment.distrust_version().await;
+        environment.versions().distrust();
     }
     tracing::info!(reason = reason.code(), dropped = parts.signals.dropped(), "session closed");
     let _ = finish.send(reason);
@@ -157,7 +157,7 @@ async fn live(
         (true, false) if forget_device(&store).await.is_err() => return CloseReason::StoreFailed,
         _ => {}
     }
-    let Some(version) = parts.environment.client_version().await else {
+    let Some(version) = parts.environment.versions().current().await else {
         return CloseReason::Unreachable;
     };
     let (Ok(left), Ok(_)) = (parts.backend.asked().await, parts.backend.sweep_pending(0).await) else {

@@ -1,5 +1,5 @@
-//! What all sessions of the process share: the address, TLS, the HTTP pool, the version of WhatsApp Web we say
-//! we are, and the ownership of every session's task.
+//! What all sessions of the process share: the address, TLS, the HTTP pool, the version of WhatsApp Web, and the
+//! ownership of every session's task.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,35 +9,30 @@ use rustls::crypto::ring;
 use rustls::pki_types::ServerName;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use whatsapp_rust::wacore::net::{HttpClient, WHATSAPP_WEB_WS_URL};
 
 use super::http::LinkHttp;
 use super::trust::is_sandbox_build;
-
-/// A version of WhatsApp Web, for instance 2.3000.1026131876.
-pub type ClientVersion = (u32, u32, u32);
-
-/// How long a version is good for. WhatsApp expires versions after weeks; the library asks daily.
-const VERSION_FRESH: Duration = Duration::from_secs(24 * 3600);
-/// Pause after a failed look-up, so that ten thousand numbers do not each wait for the same dead host.
-const VERSION_RETRY: Duration = Duration::from_secs(30);
-/// Longest time one look-up may take.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
+use super::version::ClientVersions;
+use crate::domain::version::ClientVersion;
+use crate::store::meta::Meta;
 
 /// Where WhatsApp is.
 #[derive(Debug, Clone)]
 pub struct LinkConfig {
     /// WebSocket address; [`LinkConfig::default`] is WhatsApp's own. `ws://` is for loopback only.
     pub url: String,
-    /// The version to claim. `None`: the current one, looked up once and then daily.
+    /// The version to claim. `None`: the current one, which is looked up, unless the operator says another.
     pub client_version: Option<ClientVersion>,
+    /// Where the version is kept; without it, it is found again after a restart.
+    pub meta: Option<Arc<Meta>>,
 }
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self { url: WHATSAPP_WEB_WS_URL.to_owned(), client_version: None }
+        Self { url: WHATSAPP_WEB_WS_URL.to_owned(), client_version: None, meta: None }
     }
 }
 
@@ -64,18 +59,11 @@ pub(super) struct Endpoint {
     pub(super) loopback_only: bool,
 }
 
-#[derive(Default)]
-struct Versions {
-    known: Option<(ClientVersion, Instant)>,
-    failed_at: Option<Instant>,
-}
-
 /// Shared by all linked sessions of the process.
 pub struct LinkEnvironment {
     endpoint: Endpoint,
     http: Arc<dyn HttpClient>,
-    fixed_version: Option<ClientVersion>,
-    versions: tokio::sync::Mutex<Versions>,
+    versions: Arc<ClientVersions>,
     sandbox_build: bool,
     sessions: Mutex<JoinSet<()>>,
     stop: watch::Sender<bool>,
@@ -134,11 +122,11 @@ impl LinkEnvironment {
         }
         let tls = tls_config()?;
         let endpoint = endpoint(&config.url, &tls, sandbox_build)?;
+        let http: Arc<dyn HttpClient> = Arc::new(LinkHttp::new(tls, sandbox_build)?);
         Ok(Arc::new(Self {
             endpoint,
-            http: Arc::new(LinkHttp::new(tls, sandbox_build)?),
-            fixed_version: config.client_version,
-            versions: tokio::sync::Mutex::default(),
+            versions: ClientVersions::new(config.client_version, config.meta, http.clone()),
+            http,
             sandbox_build,
             sessions: Mutex::default(),
             stop: watch::Sender::new(false),
@@ -189,44 +177,14 @@ impl LinkEnvironment {
         &self.endpoint
     }
 
+    /// The version of WhatsApp Web that all sessions claim.
+    #[must_use]
+    pub fn versions(&self) -> &Arc<ClientVersions> {
+        &self.versions
+    }
+
     pub(super) fn http(&self) -> Arc<dyn HttpClient> {
         self.http.clone()
-    }
-
-    /// The version to claim. The last one that worked is used when the look-up fails; `None` only when there never
-    /// was one.
-    pub(super) async fn client_version(&self) -> Option<ClientVersion> {
-        if self.fixed_version.is_some() {
-            return self.fixed_version;
-        }
-        // Held during the look-up: everybody else would ask the same.
-        let mut versions = self.versions.lock().await;
-        let known = versions.known.map(|(version, _)| version);
-        let is_fresh = versions.known.is_some_and(|(_, at)| at.elapsed() < VERSION_FRESH);
-        let failed_lately = versions.failed_at.is_some_and(|at| at.elapsed() < VERSION_RETRY);
-        if is_fresh || failed_lately {
-            return known;
-        }
-        let lookup = whatsapp_rust::version::fetch_latest_app_version(&self.http);
-        if let Ok(Ok(version)) = timeout(VERSION_TIMEOUT, lookup).await {
-            versions.known = Some((version, Instant::now()));
-            versions.failed_at = None;
-            return Some(version);
-        }
-        tracing::warn!(has_earlier = known.is_some(), "version of WhatsApp Web not found");
-        versions.failed_at = Some(Instant::now());
-        known
-    }
-
-    /// The server called the version outdated: look it up again before the next connection.
-    pub(super) async fn distrust_version(&self) {
-        let mut versions = self.versions.lock().await;
-        // The version itself stays: it is still better than none.
-        if let Some((version, _)) = versions.known
-            && let Some(long_ago) = Instant::now().checked_sub(VERSION_FRESH)
-        {
-            versions.known = Some((version, long_ago));
-        }
     }
 }
 
@@ -249,16 +207,5 @@ mod tests {
         for url in ["http://127.0.0.1", "ws://", "x"] {
             assert!(parse(url, false).is_err(), "{url}");
         }
-    }
-
-    #[tokio::test]
-    async fn a_version_that_was_found_survives_a_failing_look_up() {
-        let config = LinkConfig { url: "ws://127.0.0.1:9/".to_owned(), client_version: None };
-        let environment = LinkEnvironment::new(config).unwrap();
-        environment.versions.lock().await.failed_at = Some(Instant::now());
-        assert_eq!(environment.client_version().await, None);
-        environment.versions.lock().await.known = Some(((2, 3000, 1), Instant::now()));
-        environment.distrust_version().await;
-        assert_eq!(environment.client_version().await, Some((2, 3000, 1)));
     }
 }

@@ -22,8 +22,10 @@ mod signals;
 mod stanza;
 mod transport;
 mod trust;
+mod version;
 
 pub use self::backend::{ProvisionError, forget_device, is_linked, provision};
-pub use self::environment::{ClientVersion, EnvironmentError, LinkConfig, LinkEnvironment};
+pub use self::environment::{EnvironmentError, LinkConfig, LinkEnvironment};
 pub use self::session::{LinkParams, Purpose, open};
 pub use self::trust::is_sandbox_build;
+pub use self::version::{ClientVersions, VersionCard};
