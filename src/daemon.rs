@@ -32,12 +32,13 @@ use crate::store::number_store::NumberStore;
 use crate::store::storage::{self, Checked, RebuildError, Rebuilt};
 use crate::supervisor::fleet::Fleet;
 use crate::supervisor::gate::ConnectGate;
+use crate::supervisor::proxies::ProxyLines;
 use crate::telemetry::clock::{Clock, SystemClock};
 use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::metrics::Exposition;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::{self, WebhookClient};
-use crate::webhook::guard::Policy;
+use crate::webhook::guard::{self, Policy};
 use crate::webhook::room::Room;
 
 /// Time kept back from the grace period for closing sessions and the store.
@@ -83,7 +84,7 @@ pub struct Daemon {
     grace: Duration,
     root_ended: JoinHandle<()>,
     /// What runs beside the numbers.
-    tasks: [AbortOnDrop; 3],
+    tasks: [AbortOnDrop; 4],
 }
 
 impl std::fmt::Debug for Daemon {
@@ -131,8 +132,8 @@ impl Opener for LinkedOpener {
             OpenPurpose::Pair { expected } => Purpose::Pair { expected },
             OpenPurpose::Connect => Purpose::Connect,
         };
-        let OpenRequest { store, slot, events, span, .. } = request;
-        link::open(&self.0, LinkParams { store, purpose, slot, events, span })
+        let OpenRequest { store, proxy, slot, events, span, .. } = request;
+        link::open(&self.0, LinkParams { store, purpose, proxy, slot, events, span })
     }
 
     async fn is_linked(&self, store: &NumberStore) -> bool {
@@ -170,9 +171,10 @@ impl Daemon {
         };
         let admin = Listener::serve(admin_listener, admin_address, admin(parts), admin_drain);
         let policy = if config.webhook.allow_private { Policy::AllowPrivate } else { Policy::PublicOnly };
-        let (sessions, gate, environment) = environment(config, &store, &clock, &random, policy)?;
+        let Built { sessions, gate, ways, environment } = environment(config, &store, &clock, &random, policy)?;
         let tasks = [
             AbortOnDrop(tokio::task::spawn(gate.clone().run())),
+            AbortOnDrop(tokio::task::spawn(ways.run())),
             AbortOnDrop(tokio::task::spawn(sessions.versions().clone().run())),
             AbortOnDrop(tokio::task::spawn(tell_gate_of_versions(sessions.versions().watch(), gate.clone()))),
         ];
@@ -185,6 +187,7 @@ impl Daemon {
             random,
             versions: sessions.versions().clone(),
             webhook_policy: policy,
+            proxy_policy: proxy_policy(config),
             drain: public_drain.1.clone(),
             stream_patience: config.api.stream_patience,
         });
@@ -300,6 +303,14 @@ fn random_of_system() -> Result<Random, StoreError> {
     Random::from_system().map_err(|error| StoreError::Failed(format!("randomness: {error}")))
 }
 
+/// What numbers act with, and the parts of it that run by themselves.
+struct Built {
+    sessions: Arc<LinkEnvironment>,
+    gate: Arc<ConnectGate>,
+    ways: Arc<ProxyLines>,
+    environment: Arc<Environment>,
+}
+
 /// What every number acts with.
 fn environment(
     config: &Config,
@@ -307,14 +318,19 @@ fn environment(
     clock: &Arc<dyn Clock>,
     random: &Arc<Random>,
     policy: Policy,
-) -> Result<(Arc<LinkEnvironment>, Arc<ConnectGate>, Arc<Environment>), StartError> {
+) -> Result<Built, StartError> {
     let link = LinkConfig {
         url: config.whatsapp.url.to_string(),
         client_version: config.whatsapp.version,
+        proxies: match proxy_policy(config) {
+            Policy::PublicOnly => |address| guard::check_address(address, Policy::PublicOnly).is_ok(),
+            Policy::AllowPrivate => |_| true,
+        },
         meta: Some(store.meta().clone()),
     };
     let sessions = LinkEnvironment::new(link).map_err(part("whatsapp"))?;
     let gate = ConnectGate::new(gate_limits(config), clock.clone());
+    let ways = ProxyLines::new(clock.clone(), random.clone());
     let webhooks = WebhookClient::new(client::Config { policy, timeout: config.webhook.timeout });
     let environment = Arc::new(Environment {
         clock: clock.clone(),
@@ -322,6 +338,7 @@ fn environment(
         store: store.clone(),
         opener: Arc::new(LinkedOpener(sessions.clone())),
         gate: gate.clone(),
+        ways: ways.clone(),
         webhooks: webhooks.map_err(part("webhooks"))?,
         webhook_room: Room::new(config.webhook.concurrent),
         webhook_schedule: config.webhook.schedule,
@@ -330,7 +347,11 @@ fn environment(
         sweeps: Arc::new(Semaphore::new(SWEEPS_AT_ONCE)),
         reconnect: config.reconnect,
     });
-    Ok((sessions, gate, environment))
+    Ok(Built { sessions, gate, ways, environment })
+}
+
+fn proxy_policy(config: &Config) -> Policy {
+    if config.whatsapp.allow_private_proxies { Policy::AllowPrivate } else { Policy::PublicOnly }
 }
 
 async fn tell_gate_of_versions(mut versions: watch::Receiver<Option<ClientVersion>>, gate: Arc<ConnectGate>) {

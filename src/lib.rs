@@ -67,6 +67,7 @@
 //! | never two sockets of one number | `domain::lifecycle::tests::nothing_connects_that_must_not`; the sandbox counts |
 //! | never more or faster connections than the gate allows; nobody waits for ever; a fleet comes back by itself | `domain::gate::tests`, `sim::gate` |
 //! | a refused version (405) stops the fleet, one canary tries the next one; the last version found survives | `it::storms`, `session::link::version::tests` |
+//! | a proxy that is down is tried by one number at a time; its password is seen by nobody | `domain::proxy::tests`, `supervisor::proxies::tests`, `it::proxies` |
 //! | one number's crash is nobody else's | `it::failures::a_panic_restarts_one_number_alone` |
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |

@@ -59,7 +59,13 @@ struct World {
 }
 
 fn environment(url: String) -> Arc<LinkEnvironment> {
-    LinkEnvironment::new(LinkConfig { url, client_version: "2.3000.1".parse().ok(), meta: None }).unwrap()
+    LinkEnvironment::new(LinkConfig {
+        url,
+        client_version: "2.3000.1".parse().ok(),
+        meta: None,
+        ..LinkConfig::default()
+    })
+    .unwrap()
 }
 
 impl World {
@@ -117,6 +123,7 @@ impl World {
             volume: 0,
             created_at: Timestamp(1),
             retention: switchboard::domain::retention::Retention::KeepAll,
+            proxy: None,
         };
         if self.store.meta().number(record.id).is_none() {
             self.store.meta().create_number(record, Vec::new()).await.unwrap();
@@ -200,6 +207,7 @@ impl Number {
         let params = LinkParams {
             store: self.store.clone(),
             purpose,
+            proxy: None,
             slot,
             events,
             span: tracing::info_span!("session", number = %self.store.number()),

@@ -62,7 +62,8 @@ const ONLY: [Only; 19] = [
     },
     Only {
         needles: &["hyper::", "hyper_util::"],
-        places: &["src/api/", "src/sandbox/"],
+        // A tunnel through a number's proxy begins with HTTP.
+        places: &["src/api/", "src/sandbox/", "src/session/link/proxy.rs"],
         why: "HTTP stays at the edge",
     },
     Only {

@@ -104,6 +104,7 @@ pub async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, rand
             volume: (index % usize::from(VOLUMES)) as u8,
             created_at: Timestamp(1),
             retention: Retention::KeepAll,
+            proxy: None,
         };
         let (id, volume) = (record.id, record.volume);
         meta.create_number(record, Vec::new()).await.unwrap();

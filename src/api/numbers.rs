@@ -11,11 +11,13 @@ use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
 use crate::domain::lifecycle::Desired;
 use crate::domain::phone::{Contact, Phone};
+use crate::domain::proxy::Proxy;
 use crate::domain::retention::{DAYS_MAX, Retention};
 use crate::number::handle::{Erased, NumberView};
 use crate::number::message::Control;
 use crate::store::error::StoreError;
 use crate::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord};
+use crate::webhook::guard::check_host;
 
 /// Most entries of one page.
 const PAGE_MAX: usize = 1000;
@@ -42,6 +44,8 @@ pub struct NewNumber<'a> {
     pub kind: NumberKind,
     /// What it keeps of its messages.
     pub retention: Retention,
+    /// The URL of what it connects through; empty: directly.
+    pub proxy: &'a str,
 }
 
 /// What to change of a number.
@@ -51,6 +55,8 @@ pub struct NumberChange<'a> {
     pub name: Option<&'a str>,
     /// What it keeps of its messages.
     pub retention: Option<Retention>,
+    /// The URL of what it connects through; empty: directly.
+    pub proxy: Option<&'a str>,
 }
 
 /// What a number is told to keep, in words of either API.
@@ -70,7 +76,7 @@ impl Api {
     /// See the contract.
     pub async fn create_number(&self, caller: Caller, order: NewNumber<'_>) -> Result<(NumberCard, String), ApiError> {
         let tenant = tenant_only(caller)?;
-        let NewNumber { name, phone, kind, retention } = order;
+        let NewNumber { name, phone, kind, retention, proxy } = order;
         if kind == NumberKind::Official {
             return Err(Reason::KindNotSupported.into());
         }
@@ -84,6 +90,7 @@ impl Api {
             volume: self.parts.store.roomiest_volume(),
             created_at: now,
             retention,
+            proxy: self.proxy_of(proxy)?,
         };
         let id = record.id;
         let (key, key_record) = new_key(KeySubject::Number(id), &self.parts.random, now);
@@ -102,7 +109,18 @@ impl Api {
         Ok((self.card(self.number_seen(caller, id)?)?, key.text))
     }
 
-    /// Changes a number's name, what it keeps, or both.
+    /// What a number is to connect through.
+    fn proxy_of(&self, text: &str) -> Result<Option<Proxy>, ApiError> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let proxy = Proxy::parse(text).map_err(|error| ApiError::field("proxy", error.to_string()))?;
+        let allowed = check_host(&proxy.address().host, self.parts.proxy_policy);
+        allowed.map_err(|error| ApiError::field("proxy", error.to_string()))?;
+        Ok(Some(proxy))
+    }
+
+    /// Changes a number's name, what it keeps, what it connects through.
     ///
     /// # Errors
     /// See the contract.
@@ -116,17 +134,25 @@ impl Api {
         let id = self.number_meant(caller, named)?.id;
         let name = change.name.map(display_name).transpose()?;
         let retention = change.retention;
+        let proxy = change.proxy.map(|text| self.proxy_of(text)).transpose()?;
         let meta = self.parts.store.meta().clone();
         let handle = self.handle_of(id)?;
         let record = self
             .to_the_end(async move {
+                let before = meta.number(id).and_then(|record| record.proxy.clone());
+                let rerouted = proxy.as_ref().is_some_and(|proxy| *proxy != before);
                 let changed = meta.change_number(id, |record| {
                     record.name = name.unwrap_or_else(|| record.name.clone());
                     record.retention = retention.unwrap_or(record.retention);
+                    record.proxy = proxy.unwrap_or_else(|| record.proxy.clone());
                 });
                 let record = changed.await?;
                 // Every read goes by the record from now on; the number's own work follows it.
                 handle.keep(record.retention);
+                if rerouted {
+                    // A number without an actor reads it when it starts.
+                    let _ = handle.control(Control::Reroute).await;
+                }
                 Ok(record)
             })
             .await?;

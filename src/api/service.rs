@@ -42,6 +42,8 @@ pub struct Parts {
     pub versions: Arc<ClientVersions>,
     /// Which webhook targets are allowed.
     pub webhook_policy: Policy,
+    /// Which proxies are allowed.
+    pub proxy_policy: Policy,
     /// The end of the daemon.
     pub drain: Drain,
     /// How long a stream waits for a client that does not read.

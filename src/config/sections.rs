@@ -99,6 +99,8 @@ pub struct Whatsapp {
     pub url: Url,
     /// The version to announce; `None` asks for it at the start.
     pub version: Option<ClientVersion>,
+    /// Proxies of numbers in private networks.
+    pub allow_private_proxies: bool,
 }
 
 /// How fast connections may be opened, by all numbers together.
@@ -289,7 +291,8 @@ impl Reader<'_> {
             "" => Some(None),
             text => text.parse().ok().map(Some),
         });
-        Some(Whatsapp { url: url?, version: version? })
+        let allow_private_proxies = self.bool("whatsapp", "allow_private_proxies");
+        Some(Whatsapp { url: url?, version: version?, allow_private_proxies: allow_private_proxies? })
     }
 
     fn gate(&mut self) -> Option<Gate> {

@@ -128,7 +128,7 @@ impl Caller {
             display_name: name.to_owned(),
             phone_number: format!("+{phone}"),
             kind: proto::NumberKind::Linked.into(),
-            retention: None,
+            ..proto::CreateNumberRequest::default()
         };
         let made = self.numbers().create_number(request).await?.into_inner();
         let number = made.number.ok_or_else(|| Status::internal("no number in the answer"))?;

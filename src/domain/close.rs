@@ -18,6 +18,12 @@ pub enum CloseReason {
     Unresponsive,
     /// No TCP, TLS or WebSocket connection came about.
     Unreachable,
+    /// The number's proxy is not there, or does not answer.
+    ProxyUnreachable,
+    /// The number's proxy refuses to connect, or does not get there itself.
+    ProxyRefused,
+    /// The number's proxy refuses user and password, or wants some.
+    ProxyLoginRefused,
     /// The Noise handshake brought no answer in time.
     HandshakeSilent,
     /// The certificate chain or a seal in the handshake was wrong: somebody is in between, or the root changed.
@@ -88,6 +94,9 @@ impl CloseReason {
             Self::ConnectionLost => "CONNECTION_LOST",
             Self::Unresponsive => "UNRESPONSIVE",
             Self::Unreachable => "UNREACHABLE",
+            Self::ProxyUnreachable => "PROXY_UNREACHABLE",
+            Self::ProxyRefused => "PROXY_REFUSED",
+            Self::ProxyLoginRefused => "PROXY_AUTH_FAILED",
             Self::HandshakeSilent => "HANDSHAKE_SILENT",
             Self::HandshakeRefused => "HANDSHAKE_REFUSED",
             Self::LoggedOut { .. } => "LOGGED_OUT",

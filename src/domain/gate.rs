@@ -84,7 +84,11 @@ impl Outcome {
             | CloseReason::ServerError { .. }
             | CloseReason::Refused { .. }
             | CloseReason::NotWellFormed => Self::Failed,
-            CloseReason::Requested
+            // Proxies have breakers of their own.
+            CloseReason::ProxyUnreachable
+            | CloseReason::ProxyRefused
+            | CloseReason::ProxyLoginRefused
+            | CloseReason::Requested
             | CloseReason::LoggedOut { .. }
             | CloseReason::Locked
             | CloseReason::Banned
@@ -798,6 +802,7 @@ mod tests {
             CloseReason::Banned,
             CloseReason::Replaced,
             CloseReason::PairingEnded,
+            CloseReason::ProxyUnreachable,
             CloseReason::StoreFailed,
         ] {
             assert_eq!(of(reason), Outcome::Own);

@@ -164,9 +164,19 @@ pub enum Input {
         /// Proposed wait, jitter included.
         backoff: Duration,
     },
+    /// Its proxy is down: no turn to connect makes sense before that works again, or before `until`.
+    WayClosed {
+        /// When to look again at the latest.
+        until: Timestamp,
+    },
+    /// Its proxy works again, may be tried, or is another one now.
+    WayOpen,
     /// Time went by.
     Tick,
 }
+
+/// Why a number is offline whose proxy is down.
+pub const PROXY_DOWN: &str = "PROXY_DOWN";
 
 /// What must be done about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -310,7 +320,50 @@ impl Life {
             Input::Online => self.online(now),
             Input::Alive => self.alive(now),
             Input::Closed { reason, backoff } => self.closed(&reason, backoff, now),
+            Input::WayClosed { until } => self.way_closed(until, now),
+            Input::WayOpen => self.way_open(now),
             Input::Tick => self.tick(now),
+        }
+    }
+
+    fn way_closed(&mut self, until: Timestamp, now: Timestamp) -> Vec<Effect> {
+        match self.state {
+            State::AwaitingGate => {
+                PROXY_DOWN.clone_into(&mut self.reason);
+                self.enter(State::Offline { retry_at: until }, now);
+                vec![Effect::LeaveGate]
+            }
+            // Linking is for a person to repeat; the others want no turn.
+            State::Unlinked
+            | State::Linking
+            | State::Offline { .. }
+            | State::Connecting
+            | State::Online
+            | State::Parked { .. }
+            | State::Replaced
+            | State::LoggedOut
+            | State::Stopped
+            | State::Quarantined => Vec::new(),
+        }
+    }
+
+    fn way_open(&mut self, now: Timestamp) -> Vec<Effect> {
+        match self.state {
+            State::Offline { .. } => {
+                self.enter(State::Offline { retry_at: now }, now);
+                self.tick(now)
+            }
+            // WhatsApp's word and the operator's stand whatever the way.
+            State::Unlinked
+            | State::Linking
+            | State::AwaitingGate
+            | State::Connecting
+            | State::Online
+            | State::Parked { .. }
+            | State::Replaced
+            | State::LoggedOut
+            | State::Stopped
+            | State::Quarantined => Vec::new(),
         }
     }
 
@@ -500,6 +553,9 @@ impl Life {
             | CloseReason::ConnectionLost
             | CloseReason::Unresponsive
             | CloseReason::Unreachable
+            | CloseReason::ProxyUnreachable
+            | CloseReason::ProxyRefused
+            | CloseReason::ProxyLoginRefused
             | CloseReason::HandshakeSilent
             | CloseReason::ServerError { .. }
             | CloseReason::StoreFailed
@@ -571,6 +627,9 @@ mod tests {
             (CloseReason::ConnectionLost, back_off),
             (CloseReason::Unresponsive, back_off),
             (CloseReason::Unreachable, back_off),
+            (CloseReason::ProxyUnreachable, back_off),
+            (CloseReason::ProxyRefused, back_off),
+            (CloseReason::ProxyLoginRefused, back_off),
             (CloseReason::HandshakeSilent, back_off),
             (CloseReason::HandshakeRefused, back_off),
             (CloseReason::LoggedOut { code: 401 }, State::LoggedOut),
@@ -653,6 +712,22 @@ mod tests {
     }
 
     #[test]
+    fn a_number_whose_proxy_is_down_waits_offline_and_goes_on_when_it_works() {
+        let mut life = online();
+        life.enter(State::AwaitingGate, NOW);
+        let until = NOW.after(Duration::from_secs(600));
+        assert_eq!(life.step(Input::WayClosed { until }, NOW), [Effect::LeaveGate]);
+        assert_eq!((life.state, life.reason.as_str()), (State::Offline { retry_at: until }, PROXY_DOWN));
+        assert_eq!(life.step(Input::Granted, NOW), [Effect::LeaveGate], "a turn that was on its way");
+        assert_eq!(life.step(Input::WayOpen, NOW), [Effect::AskGate]);
+        assert_eq!(life.step(Input::WayOpen, NOW), []);
+        assert_eq!(life.state, State::AwaitingGate);
+        let mut stopped = online();
+        stopped.enter(State::Stopped, NOW);
+        assert_eq!(stopped.step(Input::WayOpen, NOW), []);
+    }
+
+    #[test]
     fn a_turn_that_comes_after_the_stop_opens_nothing() {
         let mut life = Life::new(NOW);
         life.step(Input::Pair, NOW);
@@ -691,6 +766,8 @@ mod tests {
             Just(Input::Online),
             Just(Input::Alive),
             Just(Input::Tick),
+            Just(Input::WayClosed { until: Timestamp(NOW.0 + 60_000) }),
+            Just(Input::WayOpen),
             closed,
         ]
     }
@@ -711,7 +788,7 @@ mod tests {
                 let opens = effects.iter().any(|effect| matches!(effect, Effect::Open(_)));
                 let asks = effects.contains(&Effect::AskGate);
                 if let State::Parked { until } = before.state
-                    && now < until && input == Input::Tick
+                    && now < until && matches!(input, Input::Tick | Input::WayOpen)
                 {
                     prop_assert!(!asks && !opens);
                 }

@@ -17,6 +17,7 @@ pub mod message;
 pub mod number;
 pub mod outbox;
 pub mod phone;
+pub mod proxy;
 pub mod restart;
 pub mod retention;
 pub mod time;

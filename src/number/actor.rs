@@ -18,10 +18,11 @@ use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
 use crate::domain::gate::{Outcome, Priority};
 use crate::domain::id::{EventSeq, NumberId};
-use crate::domain::lifecycle;
+use crate::domain::lifecycle::{self, Purpose};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::FailureCode;
 use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
+use crate::domain::proxy::{Proxy, ProxyAddress, Way};
 use crate::domain::retention::Rules;
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
@@ -33,6 +34,9 @@ use crate::telemetry::metrics;
 
 /// Longest sleep while something is due later: a wall clock that was set forward is noticed within it.
 const WAKE_WITHIN: Duration = Duration::from_secs(60);
+
+/// A number whose proxy is down looks again by itself after this; as a rule it is woken before.
+const WAY_LOOK: Duration = Duration::from_mins(15);
 
 /// The actor. All its knowledge is in [`NumberState`].
 #[derive(Debug)]
@@ -67,6 +71,8 @@ pub struct NumberState {
     pub(super) asked: Option<Priority>,
     /// How its last attempt to connect ended, in this life.
     pub(super) last_attempt: Option<Outcome>,
+    /// The proxy that the attempt under way goes through.
+    pub(super) through: Option<ProxyAddress>,
     pub(super) connection: Connection,
     pub(super) next_connection: u64,
     pub(super) waiters: HashMap<ReplyId, Waiter>,
@@ -132,6 +138,7 @@ impl Actor for NumberActor {
             turn: None,
             asked: None,
             last_attempt: None,
+            through: None,
             connection: Connection::None,
             next_connection: 1,
             waiters: HashMap::new(),
@@ -273,10 +280,11 @@ impl NumberState {
             Inner::Stored(_, Err(error)) => return Err(error),
             Inner::Record(reply, body, record) => self.answer_from_record(reply, body, record?),
             Inner::Granted(turn) => {
-                self.turn = Some(turn);
                 self.asked = None;
-                self.step(Input::Life(lifecycle::Input::Granted), myself);
+                self.granted(turn, myself);
             }
+            Inner::WayClosed => self.way_closed(myself),
+            Inner::WayOpen(proxy) => self.way_open(&proxy, myself),
             Inner::Session(connection, event, credit) => {
                 if self.connection.no() == Some(connection) {
                     self.on_session(connection, event, myself);
@@ -356,6 +364,7 @@ impl NumberState {
             Control::Start => self.step(Input::Life(lifecycle::Input::Start), myself),
             Control::Stop => self.step(Input::Life(lifecycle::Input::Stop), myself),
             Control::Pair => self.step(Input::Life(lifecycle::Input::Pair), myself),
+            Control::Reroute => self.reroute(myself),
             Control::Logout => {
                 if let Connection::Open { commands, .. } = &self.connection {
                     let _ = commands.try_send(SessionCommand::Logout);
@@ -384,7 +393,7 @@ impl NumberState {
                 self.step(Input::Life(lifecycle::Input::Paired), myself);
             }
             FromSession::Online => {
-                self.attempt_ended(Outcome::Online);
+                self.attempt_ended(Outcome::Online, Way::Works);
                 self.step(Input::Life(lifecycle::Input::Online), myself);
             }
             FromSession::Alive => self.step(Input::Life(lifecycle::Input::Alive), myself),
@@ -410,7 +419,7 @@ impl NumberState {
                 if reason != CloseReason::Requested {
                     self.handle.stats().reconnects.add(1);
                 }
-                self.attempt_ended(Outcome::of(&reason));
+                self.attempt_ended(Outcome::of(&reason), Way::of(&reason));
                 self.connection = Connection::None;
                 let backoff = self.backoff.next_delay(&self.environment.random);
                 self.step(Input::Life(lifecycle::Input::Closed { reason, backoff }), myself);
@@ -420,13 +429,68 @@ impl NumberState {
 
     /// The gate hears how an attempt ended. What ends a connection that was online is no matter of the gate's, except
     /// that WhatsApp refuses our version.
-    fn attempt_ended(&mut self, outcome: Outcome) {
+    fn attempt_ended(&mut self, outcome: Outcome, way: Way) {
+        if let Some(proxy) = self.through.take() {
+            self.environment.ways.ended(&proxy, self.handle.id(), way);
+        }
         if self.turn.is_none() && outcome != Outcome::Outdated {
             return;
         }
         self.environment.gate.report(self.handle.id(), outcome);
         self.last_attempt = Some(outcome);
         self.turn = None;
+    }
+
+    /// The proxy it connects through, as it is set at this moment.
+    pub(super) fn proxy(&self) -> Option<Proxy> {
+        self.environment.store.meta().number(self.handle.id())?.proxy.clone()
+    }
+
+    /// Whether its proxy, if it has one, may be tried. If not, it hears when it may.
+    pub(super) fn may_use_way(&self, myself: &ActorRef<NumberMessage>) -> bool {
+        let Some(proxy) = self.proxy() else { return true };
+        let actor = myself.clone();
+        let wake = Box::new(move |proxy: &ProxyAddress| actor.cast(Inner::WayOpen(proxy.clone()).into()).is_ok());
+        self.environment.ways.enter(proxy.address(), self.handle.id(), wake)
+    }
+
+    /// Its turn at the gate has come; its proxy may have gone down while it waited.
+    fn granted(&mut self, turn: GateTurn, myself: &ActorRef<NumberMessage>) {
+        let logs_in = self.loaded.as_ref().is_some_and(|loaded| loaded.number.purpose() == Purpose::Connect);
+        if logs_in && !self.may_use_way(myself) {
+            drop(turn);
+            self.way_closed(myself);
+            return;
+        }
+        self.turn = Some(turn);
+        self.step(Input::Life(lifecycle::Input::Granted), myself);
+    }
+
+    fn way_closed(&mut self, myself: &ActorRef<NumberMessage>) {
+        let until = self.environment.clock.now().after(WAY_LOOK);
+        self.step(Input::Life(lifecycle::Input::WayClosed { until }), myself);
+    }
+
+    /// It is to try a proxy. If it does not want to, or goes another way now, somebody else is to.
+    fn way_open(&mut self, proxy: &ProxyAddress, myself: &ActorRef<NumberMessage>) {
+        self.step(Input::Life(lifecycle::Input::WayOpen), myself);
+        let state = self.loaded.as_ref().map(|loaded| loaded.number.life().state);
+        let is_own = self.proxy().is_some_and(|own| own.address() == proxy);
+        if !is_own || state != Some(lifecycle::State::AwaitingGate) {
+            self.environment.ways.ended(proxy, self.handle.id(), Way::Unknown);
+        }
+    }
+
+    /// Leaves the old proxy and takes the new one; a number that is to stay down does.
+    fn reroute(&mut self, myself: &ActorRef<NumberMessage>) {
+        let Some(Loaded { number, .. }) = &self.loaded else { return };
+        if number.life().desired == lifecycle::Desired::Stopped || !number.life().linked {
+            return;
+        }
+        match &self.connection {
+            Connection::None => self.step(Input::Life(lifecycle::Input::WayOpen), myself),
+            Connection::Opening { .. } | Connection::Open { .. } => self.close_connection(myself),
+        }
     }
 
     /// What came to be sent while it waits at the gate lets it go before those that have nothing.

@@ -97,7 +97,12 @@ impl NumberState {
         } else {
             Priority::Normal
         };
+        let purpose = number.purpose();
         self.asked = Some(priority);
+        if purpose == Purpose::Connect && !self.may_use_way(myself) {
+            let _ = myself.cast(Inner::WayClosed.into());
+            return;
+        }
         let actor = myself.clone();
         let granted = Box::new(move |turn| drop(actor.cast(Inner::Granted(turn).into())));
         self.environment.gate.ask(self.handle.id(), priority, granted);
@@ -111,12 +116,15 @@ impl NumberState {
             Purpose::Pair => OpenPurpose::Pair { expected: self.handle.phone().clone() },
             Purpose::Connect => OpenPurpose::Connect,
         };
+        let proxy = self.proxy();
+        self.through = proxy.as_ref().map(|proxy| proxy.address().clone());
         let pump = SessionPump {
             actor: myself.clone(),
             connection: no,
             store: store.clone(),
             opener: self.environment.opener.clone(),
             slot: self.handle.slot().clone(),
+            proxy,
             purpose,
             span: self.span.clone(),
         };

@@ -8,6 +8,7 @@ use super::message::GateTurn;
 use crate::domain::gate::{Outcome, Priority};
 use crate::domain::id::NumberId;
 use crate::domain::number::SendingRules;
+use crate::domain::proxy::{ProxyAddress, Way};
 use crate::domain::retention::Policy;
 use crate::domain::webhook::Schedule;
 use crate::session::opener::Opener;
@@ -33,6 +34,8 @@ pub struct Environment {
     pub opener: Arc<dyn Opener>,
     /// Turns to connect.
     pub gate: Arc<dyn Turnstile>,
+    /// Whether proxies work.
+    pub ways: Arc<dyn Ways>,
     /// Webhook deliveries.
     pub webhooks: WebhookClient,
     /// How many of them may be under way in the process, and whose turn it is.
@@ -65,4 +68,15 @@ pub trait Turnstile: Send + Sync {
     fn promote(&self, number: NumberId);
     /// Tells how a number's attempt ended. A refused version is also told by one that was online.
     fn report(&self, number: NumberId, outcome: Outcome);
+}
+
+/// Tells a number that the way through this proxy may be tried; false when there is nobody to tell.
+pub type Wake = Box<dyn Fn(&ProxyAddress) -> bool + Send>;
+
+/// Knows whether the proxies of numbers work.
+pub trait Ways: Send + Sync {
+    /// Whether the number may connect through the proxy. If not it waits, and is woken once when it may.
+    fn enter(&self, proxy: &ProxyAddress, number: NumberId, wake: Wake) -> bool;
+    /// What a connection through the proxy showed.
+    fn ended(&self, proxy: &ProxyAddress, number: NumberId, way: Way);
 }

@@ -13,6 +13,7 @@ use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, EndpointOrder, Receipted, ReplyId, SendRequest};
 use crate::domain::number::{Snapshot, Ticket};
+use crate::domain::proxy::ProxyAddress;
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
 use crate::session::contract::{SendError, SessionCommand};
@@ -153,6 +154,8 @@ pub enum Control {
     Pair,
     /// Unlink the device at WhatsApp.
     Logout,
+    /// Its proxy is another one now: connect through that.
+    Reroute,
 }
 
 /// Whoever waits for an answer of the machine.
@@ -231,6 +234,10 @@ pub(super) enum Inner {
     Stored(Ticket, Result<(), StoreError>),
     Record(ReplyId, [u8; 32], Result<Option<IdempotencyRecord>, StoreError>),
     Granted(GateTurn),
+    /// The proxy is down.
+    WayClosed,
+    /// The way through this proxy may be tried.
+    WayOpen(ProxyAddress),
     Session(ConnectionNo, FromSession, Option<OwnedSemaphorePermit>),
     Attempted(AttemptEnd),
     PageLoaded(u32, Result<Vec<DeliveryRow>, StoreError>),

@@ -14,6 +14,7 @@ use crate::domain::close::CloseReason;
 use crate::domain::message::{Content, MessageStatus};
 use crate::domain::number::{Arrived, Receipted};
 use crate::domain::outbox::Standing;
+use crate::domain::proxy::Proxy;
 use crate::domain::time::Timestamp;
 use crate::session::contract::{EVENTS_MAX, Incoming, NotDurable, ReceiptKind, SessionEvent};
 use crate::session::opener::{OpenPurpose, OpenRequest, Opener};
@@ -38,6 +39,7 @@ pub(super) struct SessionPump {
     pub(super) store: NumberStore,
     pub(super) opener: Arc<dyn Opener>,
     pub(super) slot: Arc<Semaphore>,
+    pub(super) proxy: Option<Proxy>,
     pub(super) purpose: OpenPurpose,
     pub(super) span: tracing::Span,
 }
@@ -59,6 +61,7 @@ impl SessionPump {
         let request = OpenRequest {
             store: self.store.clone(),
             purpose: self.purpose.clone(),
+            proxy: self.proxy.clone(),
             slot,
             events,
             span: self.span.clone(),

@@ -5,6 +5,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::contract::{SessionEvent, SessionHandle};
 use crate::domain::phone::Phone;
+use crate::domain::proxy::Proxy;
 use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
 
@@ -27,6 +28,8 @@ pub struct OpenRequest {
     pub store: NumberStore,
     /// What for.
     pub purpose: OpenPurpose,
+    /// What to connect through, if anything.
+    pub proxy: Option<Proxy>,
     /// The number's only slot, held until the socket is really gone.
     pub slot: OwnedSemaphorePermit,
     /// Where events go.

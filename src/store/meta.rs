@@ -20,6 +20,7 @@ use super::seal::Sealer;
 use super::volume::Volume;
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
+use crate::domain::proxy::Proxy;
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
 use crate::domain::version::Kept;
@@ -68,6 +69,9 @@ pub struct NumberRecord {
     /// What it keeps of its messages.
     #[serde(default)]
     pub retention: Retention,
+    /// What it connects through, if anything.
+    #[serde(default)]
+    pub proxy: Option<Proxy>,
 }
 
 /// A deleted number whose records are still to be removed. They cannot be read any more.

@@ -5,5 +5,6 @@ pub mod directory;
 mod eraser;
 pub mod fleet;
 pub mod gate;
+pub mod proxies;
 mod root;
 mod shard;

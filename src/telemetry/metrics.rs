@@ -31,6 +31,8 @@ const GATE_RATE: &str = "switchboard_gate_rate";
 const GATE_MODE: &str = "switchboard_gate_mode";
 const GATE_CANARIES_FAILED_TOTAL: &str = "switchboard_gate_canaries_failed_total";
 const GATE_RELEASES_TOTAL: &str = "switchboard_gate_releases_total";
+const PROXIES_DOWN: &str = "switchboard_proxies_down";
+const PROXY_WAITING: &str = "switchboard_proxy_waiting";
 const CLIENT_VERSION_SOURCE: &str = "switchboard_client_version_source";
 const CLIENT_VERSION_FOUND: &str = "switchboard_client_version_lookup_timestamp_seconds";
 const CONNECTIONS_CLOSED_TOTAL: &str = "switchboard_connections_closed_total";
@@ -132,6 +134,8 @@ fn describe() {
         CLIENT_VERSION_SOURCE,
         "1 for where the version of WhatsApp Web comes from, 0 for all: there is none"
     );
+    describe_gauge!(PROXIES_DOWN, "Proxies of numbers that are taken to be down");
+    describe_gauge!(PROXY_WAITING, "Numbers that wait for their proxy to work again");
     describe_gauge!(CLIENT_VERSION_FOUND, "When the version was last looked up with success: alert on 30 days of age");
     describe_counter!(CONNECTIONS_CLOSED_TOTAL, "Connections that ended, by reason");
     describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
@@ -284,6 +288,12 @@ pub fn gate_released() {
 /// The gate let a number through.
 pub fn gate_grant() {
     counter!(GATE_GRANTS_TOTAL).increment(1);
+}
+
+/// How many proxies are down, and how many numbers wait for that.
+pub fn proxies(down: usize, waiting: usize) {
+    gauge!(PROXIES_DOWN).set(down as f64);
+    gauge!(PROXY_WAITING).set(waiting as f64);
 }
 
 /// Whether the version of WhatsApp Web comes from there.

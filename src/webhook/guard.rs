@@ -67,6 +67,17 @@ pub fn check_url(text: &str, policy: Policy) -> Result<Url, Refusal> {
     Ok(url)
 }
 
+/// Checks a host as somebody wrote it, an IPv6 address without brackets. The addresses behind a name are not known here.
+///
+/// # Errors
+/// `NotPublic`.
+pub fn check_host(host: &str, policy: Policy) -> Result<(), Refusal> {
+    match host.parse() {
+        Ok(address) => check_address(address, policy),
+        Err(_) => check_name(host, policy),
+    }
+}
+
 fn check_name(name: &str, policy: Policy) -> Result<(), Refusal> {
     let name = name.trim_end_matches('.');
     let local = name == "localhost" || [".localhost", ".local", ".internal"].iter().any(|end| name.ends_with(end));

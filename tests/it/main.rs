@@ -33,6 +33,8 @@ mod inbound;
 mod isolation;
 // Scheduled sends, deadlines, withdrawals; a lock that survives a kill.
 mod outbox;
+// Numbers behind proxies; one that is down is tried by one number at a time.
+mod proxies;
 // Kills and drain: nothing lost or doubled; a request whose answer died with the daemon.
 mod restart;
 // Days, relay-only, an erased contact.

@@ -18,6 +18,7 @@ use crate::domain::limiter::NewChats;
 use crate::domain::message::{Direction, FailureCode, MessageStatus};
 use crate::domain::number::CancelOutcome;
 use crate::domain::phone::{Contact, Phone};
+use crate::domain::proxy::Proxy;
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
 use crate::domain::version::Source;
@@ -111,6 +112,7 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         desired_state: desired.into(),
         create_time: Some(time(record.created_at)),
         retention: Some(retention(record.retention)),
+        proxy: record.proxy.as_ref().map(Proxy::shown).unwrap_or_default(),
         new_chats_held_until: held.map(|(until, _)| time(until)),
         new_chats_held_reason: held.map(|(_, reason)| reason.name().to_owned()).unwrap_or_default(),
     }
@@ -144,11 +146,12 @@ pub(super) fn number_change<'a>(
     for path in mask.iter().flat_map(|mask| &mask.paths) {
         match path.as_str() {
             "display_name" => change.name = Some(&number.display_name),
+            "proxy" => change.proxy = Some(&number.proxy),
             "retention" => change.retention = Some(retention_of(number.retention.as_ref())?),
-            _ => return Err(ApiError::field("update_mask", "may name display_name and retention only")),
+            _ => return Err(ApiError::field("update_mask", "may name display_name, retention and proxy only")),
         }
     }
-    if change.name.is_none() && change.retention.is_none() {
+    if change.name.is_none() && change.retention.is_none() && change.proxy.is_none() {
         return Err(ApiError::field("update_mask", "must name what to change"));
     }
     Ok(change)

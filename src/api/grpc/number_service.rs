@@ -28,8 +28,8 @@ impl pb::number_service_server::NumberService for Service {
             let kind = convert::kind_of(asked.kind)?;
             let retention = convert::retention_of(asked.retention.as_ref())?;
             let (name, phone) = (asked.display_name.as_str(), asked.phone_number.as_str());
-            let made = self.api.create_number(caller, NewNumber { name, phone, kind, retention }).await;
-            let (card, api_key) = made?;
+            let order = NewNumber { name, phone, kind, retention, proxy: &asked.proxy };
+            let (card, api_key) = self.api.create_number(caller, order).await?;
             Ok(pb::CreateNumberResponse { number: Some(convert::number(card)), api_key })
         };
         call.answer(outcome.await)

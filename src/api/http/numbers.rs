@@ -64,7 +64,7 @@ pub(super) async fn change(
         if name.is_none() && retention.is_none() {
             return Err(ApiError::field("body", "must say what to change"));
         }
-        let change = NumberChange { name: name.as_deref(), retention };
+        let change = NumberChange { name: name.as_deref(), retention, ..NumberChange::default() };
         let card = api.update_number(caller, &id, change).await?;
         Ok(shown(&api, &card))
     };

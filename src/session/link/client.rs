@@ -18,6 +18,7 @@ use super::inbound::Inbox;
 use super::runtime::LinkRuntime;
 use super::signals::Signals;
 use super::transport::{LinkTransportFactory, SocketSlot};
+use crate::domain::proxy::Proxy;
 use crate::domain::version::ClientVersion;
 
 /// The name the phone shows in its list of linked devices.
@@ -73,6 +74,7 @@ pub(super) struct Parts {
     pub(super) backend: Arc<LinkBackend>,
     pub(super) runtime: Arc<LinkRuntime>,
     pub(super) slot: Arc<SocketSlot>,
+    pub(super) proxy: Option<Proxy>,
 }
 
 /// The store did not answer, or not as the library needs it.
@@ -95,6 +97,7 @@ pub(super) async fn build(
     let factory = LinkTransportFactory {
         environment: parts.environment.clone(),
         slot: parts.slot.clone(),
+        proxy: parts.proxy.clone(),
         signals: parts.signals.clone(),
         runtime: parts.runtime.clone(),
     };

@@ -23,6 +23,7 @@ use super::environment::LinkEnvironment;
 use super::events::subscribe;
 use super::inbound::Inbox;
 use super::lock;
+use super::proxy::ProxyFault;
 use super::pump::pump;
 use super::repeats::{Asked, answer_all, answer_overdue};
 use super::runtime::LinkRuntime;
@@ -96,7 +97,7 @@ pub(super) fn drive(
 }
 
 async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands: mpsc::Receiver<SessionCommand>) {
-    let LinkParams { store, purpose, slot, events, span } = params;
+    let LinkParams { store, purpose, proxy, slot, events, span } = params;
     let (queue, entries) = mpsc::channel(QUEUE_MAX);
     let (recovered, recoveries) = mpsc::channel(RECOVERED_MAX);
     let expected = match &purpose {
@@ -122,6 +123,7 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
         backend,
         runtime: LinkRuntime::new(span.clone(), Arc::new(move || panicked.end(CloseReason::Crashed))),
         slot: SocketSlot::new(slot),
+        proxy,
         signals,
     };
     let runtime = CloseOnDrop(parts.runtime.clone());
@@ -411,6 +413,9 @@ impl Connection<'_> {
         }
         match self.parts.slot.reached() {
             Reached::Nothing => CloseReason::Unreachable,
+            Reached::Proxy(ProxyFault::Unreachable) => CloseReason::ProxyUnreachable,
+            Reached::Proxy(ProxyFault::Refused) => CloseReason::ProxyRefused,
+            Reached::Proxy(ProxyFault::LoginRefused) => CloseReason::ProxyLoginRefused,
             Reached::Dropped => CloseReason::ConnectionLost,
             Reached::Silence => CloseReason::HandshakeSilent,
             Reached::Refusal => CloseReason::HandshakeRefused,

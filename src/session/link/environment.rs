@@ -2,6 +2,7 @@
 //! ownership of every session's task.
 
 use std::future::Future;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio_rustls::TlsConnector;
 use whatsapp_rust::wacore::net::{HttpClient, WHATSAPP_WEB_WS_URL};
 
 use super::http::LinkHttp;
+use super::proxy::Reach;
 use super::trust::is_sandbox_build;
 use super::version::ClientVersions;
 use crate::domain::version::ClientVersion;
@@ -26,13 +28,15 @@ pub struct LinkConfig {
     pub url: String,
     /// The version to claim. `None`: the current one, which is looked up, unless the operator says another.
     pub client_version: Option<ClientVersion>,
+    /// Which addresses a proxy of a number may have.
+    pub proxies: fn(IpAddr) -> bool,
     /// Where the version is kept; without it, it is found again after a restart.
     pub meta: Option<Arc<Meta>>,
 }
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self { url: WHATSAPP_WEB_WS_URL.to_owned(), client_version: None, meta: None }
+        Self { url: WHATSAPP_WEB_WS_URL.to_owned(), client_version: None, proxies: |_| true, meta: None }
     }
 }
 
@@ -64,6 +68,7 @@ pub struct LinkEnvironment {
     endpoint: Endpoint,
     http: Arc<dyn HttpClient>,
     versions: Arc<ClientVersions>,
+    proxies: fn(IpAddr) -> bool,
     sandbox_build: bool,
     sessions: Mutex<JoinSet<()>>,
     stop: watch::Sender<bool>,
@@ -127,6 +132,7 @@ impl LinkEnvironment {
             endpoint,
             versions: ClientVersions::new(config.client_version, config.meta, http.clone()),
             http,
+            proxies: config.proxies,
             sandbox_build,
             sessions: Mutex::default(),
             stop: watch::Sender::new(false),
@@ -181,6 +187,11 @@ impl LinkEnvironment {
     #[must_use]
     pub fn versions(&self) -> &Arc<ClientVersions> {
         &self.versions
+    }
+
+    /// Which addresses a proxy may have.
+    pub(super) fn reach(&self) -> Reach {
+        Reach { loopback_only: self.endpoint.loopback_only, allows: self.proxies }
     }
 
     pub(super) fn http(&self) -> Arc<dyn HttpClient> {

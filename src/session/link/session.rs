@@ -7,6 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use super::driver::drive;
 use super::environment::LinkEnvironment;
 use crate::domain::phone::Phone;
+use crate::domain::proxy::Proxy;
 use crate::domain::time::Timestamp;
 use crate::session::contract::{COMMANDS_MAX, SessionEvent, SessionHandle};
 use crate::store::number_store::NumberStore;
@@ -31,6 +32,8 @@ pub struct LinkParams {
     pub store: NumberStore,
     /// Pair or connect.
     pub purpose: Purpose,
+    /// What to connect through, if anything.
+    pub proxy: Option<Proxy>,
     /// The number's right to a socket; given back before `Closed` is told.
     pub slot: OwnedSemaphorePermit,
     /// Where events go. [`SessionEvent::Closed`] is the last one; dropping the receiver closes the session.

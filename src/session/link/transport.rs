@@ -25,8 +25,10 @@ use whatsapp_rust::wacore::net::{DisconnectReason, Transport, TransportEvent, Tr
 use whatsapp_rust::wacore::runtime::Runtime;
 
 use super::environment::LinkEnvironment;
+use super::proxy::{self, ProxyFault};
 use super::runtime::LinkRuntime;
 use super::signals::Signals;
+use crate::domain::proxy::Proxy;
 
 /// Frames read and not yet taken by the client; a slow client slows the socket down instead of filling memory.
 const EVENTS_MAX: usize = 64;
@@ -58,6 +60,8 @@ type Socket = WebSocketStream<Box<dyn Io>>;
 pub(super) enum Reached {
     /// No TCP, TLS or WebSocket connection.
     Nothing,
+    /// Not even through the proxy.
+    Proxy(ProxyFault),
     /// The server closed before it spoke.
     Dropped,
     /// Connected, and no byte came back in time.
@@ -69,6 +73,7 @@ pub(super) enum Reached {
 #[derive(Default)]
 struct Story {
     opened_at: Option<Instant>,
+    proxy_fault: Option<ProxyFault>,
     heard: bool,
     ended_by_peer: bool,
     lasted: Duration,
@@ -125,7 +130,7 @@ impl SocketSlot {
     pub(super) fn reached(&self) -> Reached {
         let story = lock(&self.story);
         match story.opened_at {
-            None => Reached::Nothing,
+            None => story.proxy_fault.map_or(Reached::Nothing, Reached::Proxy),
             Some(_) if story.ended_by_peer => Reached::Dropped,
             Some(_) if !story.heard || story.lasted >= HANDSHAKE_PATIENCE => Reached::Silence,
             Some(_) => Reached::Refusal,
@@ -152,13 +157,22 @@ impl Drop for Lease {
 pub(super) struct LinkTransportFactory {
     pub(super) environment: Arc<LinkEnvironment>,
     pub(super) slot: Arc<SocketSlot>,
+    pub(super) proxy: Option<Proxy>,
     pub(super) signals: Arc<Signals>,
     pub(super) runtime: Arc<LinkRuntime>,
 }
 
 impl LinkTransportFactory {
-    async fn dial(&self) -> anyhow::Result<Socket> {
+    async fn reach(&self) -> anyhow::Result<TcpStream> {
         let endpoint = self.environment.endpoint();
+        if let Some(proxy) = &self.proxy {
+            let target = (endpoint.host.as_str(), endpoint.port);
+            let opened = proxy::open(proxy, target, self.environment.reach()).await;
+            return opened.map_err(|fault| {
+                lock(&self.slot.story).proxy_fault = Some(fault);
+                anyhow::Error::msg(format!("proxy: {fault:?}"))
+            });
+        }
         let addresses: Vec<SocketAddr> =
             tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port)).await.context("name lookup")?.collect();
         let mut stream = None;
@@ -171,7 +185,12 @@ impl LinkTransportFactory {
                 break;
             }
         }
-        let stream = stream.context("connect")?;
+        stream.context("connect")
+    }
+
+    async fn dial(&self) -> anyhow::Result<Socket> {
+        let endpoint = self.environment.endpoint();
+        let stream = self.reach().await?;
         stream.set_nodelay(true).context("socket option")?;
         let stream: Box<dyn Io> = match &endpoint.tls {
             Some((connector, name)) => Box::new(connector.connect(name.clone(), stream).await.context("TLS")?),

@@ -59,6 +59,7 @@ pub(super) fn record(id: u64) -> NumberRecord {
         volume: 0,
         created_at: Timestamp(1),
         retention: Retention::default(),
+        proxy: None,
     }
 }
 

@@ -46,6 +46,7 @@ impl Home {
             volume: 0,
             created_at: Timestamp(1),
             retention: crate::domain::retention::Retention::default(),
+            proxy: None,
         };
         store.meta().create_number(record, Vec::new()).await.unwrap();
         let number = store.claim(NumberId(1), 0).await.unwrap();
