@@ -8,7 +8,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::environment::Environment;
+use super::environment::{Environment, Passage};
 use super::handle::{Live, NumberHandle, Pairing};
 use super::message::{
     Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, StoreLost,
@@ -71,8 +71,8 @@ pub struct NumberState {
     pub(super) asked: Option<Priority>,
     /// How its last attempt to connect ended, in this life.
     pub(super) last_attempt: Option<Outcome>,
-    /// The proxy that the attempt under way goes through.
-    pub(super) through: Option<ProxyAddress>,
+    /// The proxy that it waits at the gate for, or that its attempt goes through.
+    pub(super) through: Option<Passage>,
     pub(super) connection: Connection,
     pub(super) next_connection: u64,
     pub(super) waiters: HashMap<ReplyId, Waiter>,
@@ -225,6 +225,7 @@ impl Actor for NumberActor {
         state: &mut NumberState,
     ) -> Result<(), ActorProcessingErr> {
         state.turn = None;
+        state.through = None;
         state.connection = Connection::None;
         state.tasks.abort_all();
         state.deliveries.abort_all();
@@ -283,7 +284,7 @@ impl NumberState {
                 self.asked = None;
                 self.granted(turn, myself);
             }
-            Inner::WayClosed => self.way_closed(myself),
+            Inner::WayClosed => self.ask_way_again(myself),
             Inner::WayOpen(proxy) => self.way_open(&proxy, myself),
             Inner::Session(connection, event, credit) => {
                 if self.connection.no() == Some(connection) {
@@ -430,8 +431,8 @@ impl NumberState {
     /// The gate hears how an attempt ended. What ends a connection that was online is no matter of the gate's, except
     /// that WhatsApp refuses our version.
     fn attempt_ended(&mut self, outcome: Outcome, way: Way) {
-        if let Some(proxy) = self.through.take() {
-            self.environment.ways.ended(&proxy, self.handle.id(), way);
+        if let Some(passage) = self.through.take() {
+            passage.end(way);
         }
         if self.turn.is_none() && outcome != Outcome::Outdated {
             return;
@@ -447,11 +448,27 @@ impl NumberState {
     }
 
     /// Whether its proxy, if it has one, may be tried. If not, it hears when it may.
-    pub(super) fn may_use_way(&self, myself: &ActorRef<NumberMessage>) -> bool {
-        let Some(proxy) = self.proxy() else { return true };
-        let actor = myself.clone();
-        let wake = Box::new(move |proxy: &ProxyAddress| actor.cast(Inner::WayOpen(proxy.clone()).into()).is_ok());
-        self.environment.ways.enter(proxy.address(), self.handle.id(), wake)
+    pub(super) fn may_use_way(&mut self, myself: &ActorRef<NumberMessage>) -> bool {
+        let proxy = self.proxy();
+        if let Some(proxy) = &proxy {
+            let actor = myself.clone();
+            let wake = Box::new(move |proxy: &ProxyAddress| actor.cast(Inner::WayOpen(proxy.clone()).into()).is_ok());
+            if !self.environment.ways.enter(proxy.address(), self.handle.id(), wake) {
+                self.through = None;
+                return false;
+            }
+        }
+        self.go_through(proxy.as_ref());
+        true
+    }
+
+    /// From now on it uses this proxy, or none.
+    pub(super) fn go_through(&mut self, proxy: Option<&Proxy>) {
+        let address = proxy.map(Proxy::address);
+        if self.through.as_ref().map(Passage::proxy) != address {
+            let (ways, number) = (&self.environment.ways, self.handle.id());
+            self.through = address.map(|address| Passage::new(ways.clone(), number, address.clone()));
+        }
     }
 
     /// Its turn at the gate has come; its proxy may have gone down while it waited.
@@ -464,6 +481,19 @@ impl NumberState {
         }
         self.turn = Some(turn);
         self.step(Input::Life(lifecycle::Input::Granted), myself);
+    }
+
+    /// Its proxy was down when it wanted a turn. It may work by now: then the word of that has been missed.
+    fn ask_way_again(&mut self, myself: &ActorRef<NumberMessage>) {
+        let state = self.loaded.as_ref().map(|loaded| loaded.number.life().state);
+        if state != Some(lifecycle::State::AwaitingGate) {
+            return;
+        }
+        if self.may_use_way(myself) {
+            self.ask_gate(myself);
+        } else {
+            self.way_closed(myself);
+        }
     }
 
     fn way_closed(&mut self, myself: &ActorRef<NumberMessage>) {

@@ -78,6 +78,7 @@ impl NumberState {
             lifecycle::Effect::LeaveGate => {
                 self.turn = None;
                 self.asked = None;
+                self.through = None;
                 self.environment.gate.leave(self.handle.id());
             }
             lifecycle::Effect::Open(purpose) => self.open(purpose, myself),
@@ -86,7 +87,7 @@ impl NumberState {
         }
     }
 
-    fn ask_gate(&mut self, myself: &ActorRef<NumberMessage>) {
+    pub(super) fn ask_gate(&mut self, myself: &ActorRef<NumberMessage>) {
         let Some(Loaded { number, .. }) = &self.loaded else { return };
         let priority = if number.purpose() == Purpose::Pair {
             Priority::Person
@@ -110,6 +111,7 @@ impl NumberState {
 
     fn open(&mut self, purpose: Purpose, myself: &ActorRef<NumberMessage>) {
         let Some(Loaded { store, .. }) = &self.loaded else { return };
+        let store = store.clone();
         let no = ConnectionNo(self.next_connection);
         self.next_connection += 1;
         let purpose = match purpose {
@@ -117,11 +119,11 @@ impl NumberState {
             Purpose::Connect => OpenPurpose::Connect,
         };
         let proxy = self.proxy();
-        self.through = proxy.as_ref().map(|proxy| proxy.address().clone());
+        self.go_through(proxy.as_ref());
         let pump = SessionPump {
             actor: myself.clone(),
             connection: no,
-            store: store.clone(),
+            store,
             opener: self.environment.opener.clone(),
             slot: self.handle.slot().clone(),
             proxy,

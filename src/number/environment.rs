@@ -80,3 +80,43 @@ pub trait Ways: Send + Sync {
     /// What a connection through the proxy showed.
     fn ended(&self, proxy: &ProxyAddress, number: NumberId, way: Way);
 }
+
+/// A number's use of its proxy, from the wish to connect to the end of the attempt. Dropping it says that nothing was
+/// learned: somebody else may try.
+pub struct Passage {
+    ways: Arc<dyn Ways>,
+    number: NumberId,
+    proxy: ProxyAddress,
+    shown: Way,
+}
+
+impl Passage {
+    /// The number goes this way.
+    #[must_use]
+    pub fn new(ways: Arc<dyn Ways>, number: NumberId, proxy: ProxyAddress) -> Self {
+        Self { ways, number, proxy, shown: Way::Unknown }
+    }
+
+    /// Which proxy it is about.
+    #[must_use]
+    pub fn proxy(&self) -> &ProxyAddress {
+        &self.proxy
+    }
+
+    /// The attempt is over.
+    pub fn end(mut self, way: Way) {
+        self.shown = way;
+    }
+}
+
+impl Drop for Passage {
+    fn drop(&mut self) {
+        self.ways.ended(&self.proxy, self.number, self.shown);
+    }
+}
+
+impl std::fmt::Debug for Passage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Passage")
+    }
+}

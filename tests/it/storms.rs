@@ -1,4 +1,5 @@
-//! What meets every number at once: WhatsApp refuses our version. The fleet waits for one canary instead of hammering.
+//! What meets every number at once: WhatsApp refuses everybody, or our version. The fleet waits for one canary instead of
+//! hammering.
 
 use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::{ClientVersionSource, NumberState};
@@ -29,8 +30,35 @@ async fn refused(world: &World) -> u64 {
     world.phones.stats().await.unwrap()["logins_refused"].as_u64().unwrap()
 }
 
-async fn is_held(world: &World) -> bool {
-    world.metrics().await.contains(r#"switchboard_gate_mode{mode="held_outdated"} 1"#)
+async fn is_held(world: &World, mode: &str) -> bool {
+    world.metrics().await.contains(&format!(r#"switchboard_gate_mode{{mode="{mode}"}} 1"#))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_everybody_is_asked_by_one_number_at_a_time_until_it_takes_one() {
+    let world = World::with(&[("RECONNECT__LONGEST_SECONDS", "1")]).await;
+    let (tenant, _, numbers) = linked(&world).await;
+    let failing = serde_json::json!({ "login_failure": { "reason": 503, "count": 1_000_000 } });
+    world.fault(&failing).await;
+    for number in &numbers {
+        world.phones.kick(&number.phone, "drop").await.unwrap();
+    }
+    until("the fleet is held", async || is_held(&world, "held_failing").await.then_some(())).await;
+    assert_eq!(world.metric("switchboard_gate_rate", "").await, 0.0);
+    let canaries = async || world.metric("switchboard_gate_canaries_failed_total", "").await;
+    // What was under way when the hold began has ended by the first canary's end.
+    until("a canary was refused", async || (canaries().await >= 1.0).then_some(())).await;
+    let before = refused(&world).await;
+    until("two more were", async || (canaries().await >= 3.0).then_some(())).await;
+    let tries = refused(&world).await - before;
+    assert!((1..=3).contains(&tries), "{tries} tries of {NUMBERS} numbers in some twelve seconds");
+    world.fault(&serde_json::json!({ "clear": true })).await;
+    until("all are online", async || {
+        (in_state(&tenant, NumberState::Online).await.len() as u64 == NUMBERS).then_some(())
+    })
+    .await;
+    assert_eq!(world.metric("switchboard_gate_releases_total", "").await, 1.0);
+    assert_eq!(world.phones.stats().await.unwrap()["devices_connected_twice"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -41,7 +69,7 @@ async fn a_refused_version_holds_the_fleet_and_the_operators_word_heals_it() {
     for number in &numbers {
         world.phones.kick(&number.phone, "drop").await.unwrap();
     }
-    until("the fleet is held", async || is_held(&world).await.then_some(())).await;
+    until("the fleet is held", async || is_held(&world, "held_outdated").await.then_some(())).await;
     let waiting = until("all wait at the gate", async || {
         let waiting = in_state(&tenant, NumberState::AwaitingGate).await;
         (waiting.len() as u64 >= NUMBERS - 1).then_some(waiting)
@@ -60,7 +88,7 @@ async fn a_refused_version_holds_the_fleet_and_the_operators_word_heals_it() {
     let operator = world.operator_again().await;
     let tenant = world.caller(&tenant_key).await;
     let now = refused(&world).await;
-    until("held again", async || is_held(&world).await.then_some(())).await;
+    until("held again", async || is_held(&world, "held_outdated").await.then_some(())).await;
     assert!(refused(&world).await - now <= 3, "at two a second the first one stops the others");
 
     let denied = tenant.operator().get_client_version(proto::GetClientVersionRequest {}).await.unwrap_err();

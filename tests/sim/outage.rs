@@ -56,6 +56,7 @@ fn plan() -> Plan {
         on_unknown: OnUnknown::Resend,
         ack_odd: 0,
         no_login: 0,
+        proxy_down: 0,
         webhook: 0,
         answer_lost: 0,
         request_id: 0,

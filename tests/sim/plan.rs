@@ -42,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) ack_odd: u64,
     /// A connection does not come about.
     pub(crate) no_login: u64,
+    /// Its proxy is down when its turn to connect comes.
+    pub(crate) proxy_down: u64,
     /// A webhook attempt fails.
     pub(crate) webhook: u64,
     /// An answer to a caller is lost.
@@ -117,6 +119,7 @@ impl Plan {
             limits: rng.pick(&[open, open, brisk, Limits::LINKED]),
             chapter: 500 + rng.below(1000),
             chapters: 4,
+            proxy_down: rng.pick(&[0, 0, 300]),
         }
     }
 

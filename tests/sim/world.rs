@@ -32,6 +32,9 @@ const START: u64 = 1_700_000_000_000;
 const STEPS_SHOWN: u64 = 60;
 /// Useless ticks in one second of virtual time, beyond those that other inputs explain.
 const IDLE_TICKS_MAX: u64 = 20;
+/// When a number whose proxy is down looks again by itself, and when the proxy works at the latest, in milliseconds.
+const PROXY_LOOK: u64 = 900_000;
+const PROXY_BACK_WITHIN: u64 = 30_000;
 
 /// Something that happens.
 #[derive(Debug)]
@@ -44,6 +47,9 @@ pub(crate) enum Happens {
     /// The gate decides; then its word is on the way.
     GateGrants(u64),
     Granted,
+    /// The proxy is down, or works again.
+    WayCloses,
+    WayOpens,
     SessionOpens(u64, Purpose),
     /// The pump takes the next event of a session.
     Pumps(u64),
@@ -281,9 +287,20 @@ impl World {
                 if self.gate == Some(turn) {
                     self.gate = None;
                     let delay = self.hop();
-                    self.inside(delay, Happens::Granted);
+                    if self.state() == Some(State::AwaitingGate) && self.fault(self.plan.proxy_down) {
+                        let back = delay + 1 + self.rng.below(PROXY_BACK_WITHIN);
+                        self.inside(delay, Happens::WayCloses);
+                        self.inside(back, Happens::WayOpens);
+                    } else {
+                        self.inside(delay, Happens::Granted);
+                    }
                 }
             }
+            Happens::WayCloses => {
+                let until = Timestamp(self.now + PROXY_LOOK);
+                self.step(Input::Life(lifecycle::Input::WayClosed { until }));
+            }
+            Happens::WayOpens => self.step(Input::Life(lifecycle::Input::WayOpen)),
             Happens::Granted => self.step(Input::Life(lifecycle::Input::Granted)),
             Happens::SessionOpens(no, purpose) => self.session_opens(no, purpose),
             Happens::Pumps(no) => self.pump(no),
