@@ -1,7 +1,11 @@
 //! What fails for one number stays with it, and heals as its verdict says.
 
+use std::time::Duration;
+
+use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::NumberState;
 use switchboard::demo::phones::call;
+use tokio::task::JoinSet;
 
 use crate::harness::{World, until};
 
@@ -26,6 +30,54 @@ async fn a_panic_restarts_one_number_alone() {
     assert_eq!(before["devices"], after["devices"], "the sibling kept its connection");
     numbers[0].caller.send_text(CUSTOMER, "still here", "still-here").await.unwrap();
     until("it sends again", async || (world.copies(CUSTOMER, "still here").await == 1).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_number_that_crashes_again_and_again_is_quarantined_alone_until_it_is_reset() {
+    const PANIC_EVERY: Duration = Duration::from_millis(100);
+    let world = World::new().await;
+    let (tenant, _, numbers) = world.tenant("failures", &[ONE, TWO]).await;
+    let (sick, well) = (&numbers[0], &numbers[1]);
+    let before = world.phones.stats_of(TWO).await.unwrap();
+    let (admin, path) = (world.admin(), format!("/debug/panic?number={}", sick.id));
+    let mut panicking = JoinSet::new();
+    panicking.spawn(async move {
+        let mut beats = tokio::time::interval(PANIC_EVERY);
+        loop {
+            beats.tick().await;
+            // Between two lives there is nobody to panic.
+            let _ = call(admin, "POST", &path, &[], "").await;
+        }
+    });
+    let quarantined = world.until_state(&tenant, &sick.id, NumberState::Quarantined).await;
+    assert_eq!(quarantined.reason, "CRASH_LOOP");
+    let accepted = until("its last socket is gone", async || {
+        let stats = world.phones.stats_of(ONE).await.unwrap();
+        (stats["devices"]["1"]["now"] == 0).then(|| stats["accepted"].clone())
+    })
+    .await;
+    for index in 0..20 {
+        well.caller.send_text(CUSTOMER, &format!("well {index}"), &format!("well-{index}")).await.unwrap();
+    }
+    until("the sibling's messages are shown", async || {
+        (world.phones.shown(CUSTOMER).await.unwrap().len() == 20).then_some(())
+    })
+    .await;
+    panicking.shutdown().await;
+    assert_eq!(world.metric("switchboard_number_restarts_total", &sick.id).await, 5.0, "five, and no more");
+    assert_eq!(world.metric("switchboard_quarantines_total", "").await, 1.0);
+    assert_eq!(world.metric("switchboard_number_restarts_total", &well.id).await, 0.0);
+    assert_eq!(
+        before["devices"],
+        world.phones.stats_of(TWO).await.unwrap()["devices"],
+        "the sibling kept its connection"
+    );
+    assert_eq!(accepted, world.phones.stats().await.unwrap()["accepted"], "nobody connects in quarantine");
+    let request = proto::ResetNumberRequest { number: sick.id.clone() };
+    tenant.numbers().reset_number(request).await.unwrap();
+    world.until_state(&tenant, &sick.id, NumberState::Online).await;
+    sick.caller.send_text(CUSTOMER, "well again", "well-again").await.unwrap();
+    until("it sends again", async || (world.copies(CUSTOMER, "well again").await == 1).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
