@@ -68,7 +68,8 @@
 //! | never more or faster connections than the gate allows; nobody waits for ever; a fleet comes back by itself | `domain::gate::tests`, `sim::gate` |
 //! | a refused version (405) stops the fleet, one canary tries the next one; the last version found survives | `it::storms`, `session::link::version::tests` |
 //! | a proxy that is down is tried by one number at a time; its password is seen by nobody | `domain::proxy::tests`, `supervisor::proxies::tests`, `it::proxies` |
-//! | one number's crash is nobody else's | `it::failures::a_panic_restarts_one_number_alone` |
+//! | after a day of trouble every number is where WhatsApp's or its operator's last word put it, and none came early | `sim::fleet` |
+//! | one number's crash is nobody else's; one that crashes again and again is set aside alone | `it::failures` |
 //! | nothing of one tenant is seen by another | `it::isolation` |
 //! | the default build verifies WhatsApp's certificates | `.ci/run`, by `cargo tree` |
 //! | all of these of the pure core, in any storm and with a crash at any point | `sim::no_promise_breaks_in_any_storm` |

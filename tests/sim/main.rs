@@ -9,6 +9,7 @@
 mod callers;
 mod disk;
 mod endpoints;
+mod fleet;
 mod gate;
 mod outage;
 mod people;
