@@ -44,6 +44,7 @@ fn the_defaults_are_complete_and_as_published() {
     assert_eq!(config.admin.listen.to_string(), "127.0.0.1:7401");
     assert_eq!(config.whatsapp.url.as_str(), "wss://web.whatsapp.com/ws/chat");
     assert_eq!(config.whatsapp.version, None);
+    assert!(!config.whatsapp.allow_private_proxies);
     assert_eq!(config.reconnect.first_ceiling, Duration::from_secs(1));
     assert_eq!(config.reconnect.last_ceiling, Duration::from_mins(15));
     assert_eq!(config.limits.interval, Duration::from_secs(1));

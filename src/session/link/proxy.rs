@@ -219,6 +219,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn names_are_resolved_by_the_proxy() {
+        const NAMED: (&str, u16) = ("web.whatsapp.com", 443);
+        let (port, mut serving) = scripted(&[&[5, 0], &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]]).await;
+        let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert!(socks5(stream, None, NAMED).await.is_ok());
+        let heard = serving.join_next().await.unwrap().unwrap();
+        assert!(heard.ends_with(b"\x05\x01\x00\x03\x10web.whatsapp.com\x01\xbb"), "{heard:?}");
+        let (port, mut serving) = scripted(&[b"HTTP/1.1 200 OK\r\n\r\n"]).await;
+        let stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert!(connect(stream, None, NAMED).await.is_ok());
+        let heard = serving.join_next().await.unwrap().unwrap();
+        assert!(heard.starts_with(b"CONNECT web.whatsapp.com:443 HTTP/1.1\r\n"), "{heard:?}");
+    }
+
+    #[tokio::test]
     async fn a_proxy_that_is_not_there_or_not_allowed_is_not_reached() {
         let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
         let gone = Proxy::parse(&format!("http://127.0.0.1:{free}")).unwrap();
