@@ -157,7 +157,8 @@ mod tests {
 
     fn view(state: State, pairing: Pairing, linked: bool) -> NumberView {
         let (since, reason) = (Timestamp(1), String::new());
-        NumberView { state, since, reason, desired: Desired::Running, linked, pairing, new_chats: NewChats::Allowed }
+        let (next_attempt, new_chats) = (None, NewChats::Allowed);
+        NumberView { state, next_attempt, since, reason, desired: Desired::Running, linked, pairing, new_chats }
     }
 
     fn code(text: &str) -> Pairing {

@@ -559,6 +559,7 @@ impl NumberState {
                 view.pairing = Pairing::Starting;
             }
             view.state = life.state;
+            view.next_attempt = life.state.next_attempt();
             view.since = life.since;
             view.reason.clone_from(&life.reason);
             view.desired = life.desired;

@@ -43,6 +43,8 @@ const START_PATIENCE: Duration = Duration::from_secs(3);
 pub struct NumberView {
     /// Where it stands.
     pub state: State,
+    /// When it is tried again by itself, if it is.
+    pub next_attempt: Option<Timestamp>,
     /// Since when.
     pub since: Timestamp,
     /// Why: a stable code, or empty.
@@ -159,6 +161,7 @@ impl NumberHandle {
     pub fn new(id: NumberId, tenant: TenantId, phone: Phone, now: Timestamp) -> Self {
         let view = NumberView {
             state: State::Unlinked,
+            next_attempt: None,
             since: now,
             reason: String::new(),
             desired: Desired::Running,

@@ -268,13 +268,14 @@ impl ShardState {
         let pause = match child.budget.record(now) {
             Verdict::Restart => {
                 let pause = child.backoff.next_delay(&self.environment.random);
-                show(&child.member.handle, State::Offline { retry_at: now.after(pause) }, "CRASHED", now);
+                let again = now.after(pause);
+                show(&child.member.handle, State::Offline { retry_at: again }, Some(again), "CRASHED", now);
                 pause
             }
             Verdict::Quarantine(pause) => {
                 metrics::quarantined();
                 tracing::error!(%number, seconds = pause.as_secs(), "number quarantined: it crashed too often");
-                show(&child.member.handle, State::Quarantined, "CRASH_LOOP", now);
+                show(&child.member.handle, State::Quarantined, Some(now.after(pause)), "CRASH_LOOP", now);
                 pause
             }
         };
@@ -295,7 +296,8 @@ impl ShardState {
         child.member.handle.set_lost(lost);
         // Numbers of one volume come back spread over a few seconds.
         let spread = REOPENED_SPREAD.mul_f64(self.environment.random.share()) + REOPENED_REST;
-        show(&child.member.handle, State::Offline { retry_at: now.after(spread) }, lost.code(), now);
+        let again = now.after(spread);
+        show(&child.member.handle, State::Offline { retry_at: again }, Some(again), lost.code(), now);
         tracing::debug!(%number, %lost, "number waits for its volume");
         let (generation, volume) = (child.generation, child.member.volume);
         let (store, myself) = (self.environment.store.clone(), myself.clone());
@@ -372,10 +374,11 @@ impl ShardState {
 }
 
 /// A number without an actor must not look connected.
-fn show(handle: &NumberHandle, state: State, reason: &str, now: Timestamp) {
+fn show(handle: &NumberHandle, state: State, again: Option<Timestamp>, reason: &str, now: Timestamp) {
     handle.stats().set_state(state.code(), false);
     handle.change_view(|view| {
         view.state = state;
+        view.next_attempt = again;
         view.since = now;
         view.reason = reason.to_owned();
     });

@@ -51,6 +51,8 @@ async fn a_number_that_crashes_again_and_again_is_quarantined_alone_until_it_is_
     });
     let quarantined = world.until_state(&tenant, &sick.id, NumberState::Quarantined).await;
     assert_eq!(quarantined.reason, "CRASH_LOOP");
+    let (since, again) = (quarantined.state_change_time.unwrap(), quarantined.next_attempt_time.unwrap());
+    assert_eq!(again.seconds - since.seconds, 300, "the first quarantine is five minutes");
     let accepted = until("its last socket is gone", async || {
         let stats = world.phones.stats_of(ONE).await.unwrap();
         (stats["devices"]["1"]["now"] == 0).then(|| stats["accepted"].clone())
@@ -75,7 +77,7 @@ async fn a_number_that_crashes_again_and_again_is_quarantined_alone_until_it_is_
     assert_eq!(accepted, world.phones.stats().await.unwrap()["accepted"], "nobody connects in quarantine");
     let request = proto::ResetNumberRequest { number: sick.id.clone() };
     tenant.numbers().reset_number(request).await.unwrap();
-    world.until_state(&tenant, &sick.id, NumberState::Online).await;
+    assert!(world.until_state(&tenant, &sick.id, NumberState::Online).await.next_attempt_time.is_none());
     sick.caller.send_text(CUSTOMER, "well again", "well-again").await.unwrap();
     until("it sends again", async || (world.copies(CUSTOMER, "well again").await == 1).then_some(())).await;
 }

@@ -107,7 +107,7 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         state: i32::from(view.state.code()),
         state_change_time: Some(time(view.since)),
         reason: view.reason,
-        next_attempt_time: view.state.next_attempt().map(time),
+        next_attempt_time: view.next_attempt.map(time),
         restart_count: i64::try_from(restarts).unwrap_or(i64::MAX),
         desired_state: desired.into(),
         create_time: Some(time(record.created_at)),
