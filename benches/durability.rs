@@ -112,6 +112,7 @@ fn serve(directory: &Path, whatsapp: &str) -> Daemon {
         ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
         ("LIMITS__BURST", "1000".to_owned()),
         ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
+        ("LIMITS__NEW_RECIPIENTS_PER_DAY", "unlimited".to_owned()),
         ("LOG__LEVEL", "error,switchboard::daemon=info".to_owned()),
     ] {
         command.env(format!("SWITCHBOARD__{name}"), value);

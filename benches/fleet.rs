@@ -124,6 +124,7 @@ async fn main() {
         ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
         ("LIMITS__BURST", "1000".to_owned()),
         ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
+        ("LIMITS__NEW_RECIPIENTS_PER_DAY", "unlimited".to_owned()),
         ("GATE__CONNECTS_PER_SECOND", std::env::var("FLEET_GATE").unwrap_or("200".to_owned())),
         ("LOG__LEVEL", "warn,switchboard::daemon=info".to_owned()),
     ] {

@@ -379,6 +379,7 @@ fn limits(config: &Config) -> Limits {
     Limits {
         number: Pace { interval: config.limits.interval, burst: config.limits.burst },
         chat: Pace { interval: config.limits.chat_interval, burst: config.limits.chat_burst },
+        new_recipients: config.limits.new_recipients,
     }
 }
 

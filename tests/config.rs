@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use switchboard::config::sections::Config;
+use switchboard::domain::limiter::NewRecipients;
 use switchboard::telemetry::logging;
 
 /// A file of its own for each test, gone at the end.
@@ -49,6 +50,7 @@ fn the_defaults_are_complete_and_as_published() {
     assert_eq!(config.reconnect.last_ceiling, Duration::from_mins(15));
     assert_eq!(config.limits.interval, Duration::from_secs(1));
     assert_eq!(config.limits.chat_interval, Duration::from_secs(6));
+    assert_eq!(config.limits.new_recipients, NewRecipients::WarmUp);
     assert!(!config.webhook.allow_private);
     assert_eq!(config.webhook.concurrent, 512);
     assert_eq!(config.shutdown.grace, Duration::from_secs(25));

@@ -124,6 +124,7 @@ impl World {
             created_at: Timestamp(1),
             retention: switchboard::domain::retention::Retention::KeepAll,
             proxy: None,
+            orders: switchboard::domain::orders::SendingOrders::default(),
         };
         if self.store.meta().number(record.id).is_none() {
             self.store.meta().create_number(record, Vec::new()).await.unwrap();

@@ -15,6 +15,7 @@ use switchboard::domain::change::Change;
 use switchboard::domain::id::{NumberId, TenantId};
 use switchboard::domain::lifecycle::{Input, Life};
 use switchboard::domain::number::{Commit, Ticket};
+use switchboard::domain::orders::SendingOrders;
 use switchboard::domain::phone::Phone;
 use switchboard::domain::retention::Retention;
 use switchboard::domain::time::Timestamp;
@@ -105,6 +106,7 @@ pub async fn provision(directory: &Path, sandbox: SocketAddr, count: usize, rand
             created_at: Timestamp(1),
             retention: Retention::KeepAll,
             proxy: None,
+            orders: SendingOrders::default(),
         };
         let (id, volume) = (record.id, record.volume);
         meta.create_number(record, Vec::new()).await.unwrap();

@@ -162,6 +162,8 @@ reasons! {
     WebhookLimitExceeded "WEBHOOK_LIMIT_EXCEEDED" ResourceExhausted 409 false "the number has as many webhooks as it may",
     /// Too many unsettled sends.
     QueueFull "QUEUE_FULL" ResourceExhausted 429 true "the number's queue is full",
+    /// It would wait longer than its caller likes.
+    WaitTooLong "WAIT_TOO_LONG" ResourceExhausted 429 true "the message would wait longer than max_wait",
     /// Too many calls at once for the number.
     NumberBusy "NUMBER_BUSY" ResourceExhausted 429 true "too many calls at once for this number",
     /// A message to the contact may just be leaving.
@@ -270,6 +272,15 @@ impl From<SendRefused> for ApiError {
             SendRefused::Unserved(unserved) => unserved.into(),
             SendRefused::Busy => Self::from(Reason::NumberBusy).retry_after(RETRY_SOON),
             SendRefused::QueueFull => Self::from(Reason::QueueFull).retry_after(RETRY_LATER),
+            SendRefused::WaitTooLong { wait, limiting } => {
+                let error = Self::from(Reason::WaitTooLong).with("limiting_reason", limiting.name());
+                match wait {
+                    Some(wait) => {
+                        error.with("predicted_wait_ms", wait.as_millis().to_string()).retry_after(wait.max(RETRY_SOON))
+                    }
+                    None => error.retry_after(RETRY_LATER),
+                }
+            }
             SendRefused::Draining => Self::from(Reason::Draining).retry_after(RETRY_SOON),
             SendRefused::RequestIdReused => Reason::RequestIdReused.into(),
         }

@@ -1,6 +1,7 @@
 //! Messages: accepting them, and reading what became of them.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::error::{ApiError, Reason};
 use super::service::{Api, page_size};
@@ -45,6 +46,8 @@ pub struct SendOrder<'a> {
     pub send_time: Option<Timestamp>,
     /// Not after this moment.
     pub expire_time: Option<Timestamp>,
+    /// Refused if it would probably wait longer, from when it is due.
+    pub max_wait: Option<Duration>,
 }
 
 /// A message as its owner sees it.
@@ -60,12 +63,21 @@ pub struct MessageCard {
     pub peer: Option<Phone>,
 }
 
+/// A message as it was accepted.
+#[derive(Debug, Clone)]
+pub struct SentCard {
+    /// The message.
+    pub message: MessageCard,
+    /// How long it will probably wait before it leaves; unknown when nobody can tell, and for a repeat.
+    pub predicted_wait: Option<Duration>,
+}
+
 impl Api {
     /// Accepts a message: it is durable when this returns.
     ///
     /// # Errors
     /// See the contract.
-    pub async fn send_message(&self, caller: Caller, order: SendOrder<'_>) -> Result<MessageCard, ApiError> {
+    pub async fn send_message(&self, caller: Caller, order: SendOrder<'_>) -> Result<SentCard, ApiError> {
         let begun = self.parts.clock.monotonic();
         let record = self.number_meant(caller, order.number)?;
         let command = command_of(&order)?;
@@ -80,7 +92,8 @@ impl Api {
         metrics::accepted(self.parts.clock.monotonic().saturating_sub(begun));
         let store = handle.store()?;
         if let Some(message) = store.message(accepted.seq).await? {
-            return Cards::new(record.id, store).card(message).await;
+            let message = Cards::new(record.id, store).card(message).await?;
+            return Ok(SentCard { message, predicted_wait: accepted.predicted_wait });
         }
         // A repeat of a request whose message is no longer kept: the answer is the same.
         let message = MessageRecord {
@@ -97,14 +110,18 @@ impl Api {
             expires_at,
         };
         let id = MessageId { number: record.id, seq: accepted.seq };
-        Ok(MessageCard { id, record: message, progress: Some(Progress::QUEUED), peer: to.phone })
+        let message = MessageCard { id, record: message, progress: Some(Progress::QUEUED), peer: to.phone };
+        Ok(SentCard { message, predicted_wait: accepted.predicted_wait })
     }
 
     /// Accepts, or finds what was accepted before: a repeat is answered also while nothing new is taken.
     async fn accepted(&self, handle: &NumberHandle, command: SendCommand) -> Result<Accepted, SendRefused> {
         let refused = match handle.send(command.clone(), &self.parts.random).await {
             Err(
-                refused @ (SendRefused::QueueFull | SendRefused::Draining | SendRefused::Unserved(Unserved::DiskFull)),
+                refused @ (SendRefused::QueueFull
+                | SendRefused::WaitTooLong { .. }
+                | SendRefused::Draining
+                | SendRefused::Unserved(Unserved::DiskFull)),
             ) => refused,
             answer => return answer,
         };
@@ -291,6 +308,7 @@ fn command_of(order: &SendOrder<'_>) -> Result<SendCommand, ApiError> {
             content: Content::Text(text.to_owned()),
             send_at: order.send_time,
             expires_at: order.expire_time,
+            max_wait: order.max_wait,
             correlation_id: some_text(order.correlation_id),
             request_id: some_text(order.request_id),
             scope: REQUEST_SCOPE.to_owned(),
@@ -333,7 +351,6 @@ fn some_text(text: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn wrong_fields(order: SendOrder<'_>) -> (Reason, Vec<&'static str>) {
         let error = command_of(&order).unwrap_err();
@@ -348,6 +365,7 @@ mod tests {
         correlation_id: "",
         send_time: None,
         expire_time: None,
+        max_wait: None,
     };
 
     #[test]

@@ -10,9 +10,11 @@ use super::token::TokenKind;
 use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
 use crate::domain::lifecycle::Desired;
+use crate::domain::orders::{OwnLimits, PAUSE_MAX, Pause, SendingOrders};
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::proxy::Proxy;
 use crate::domain::retention::{DAYS_MAX, Retention};
+use crate::domain::time::Timestamp;
 use crate::number::handle::{Erased, NumberView};
 use crate::number::message::Control;
 use crate::store::error::StoreError;
@@ -31,6 +33,8 @@ pub struct NumberCard {
     pub view: NumberView,
     /// Crashes since the daemon started.
     pub restarts: u64,
+    /// Whether a pause of its sending holds.
+    pub paused: bool,
 }
 
 /// A number to make.
@@ -91,6 +95,7 @@ impl Api {
             created_at: now,
             retention,
             proxy: self.proxy_of(proxy)?,
+            orders: SendingOrders::default(),
         };
         let id = record.id;
         let (key, key_record) = new_key(KeySubject::Number(id), &self.parts.random, now);
@@ -153,6 +158,67 @@ impl Api {
                     // A number without an actor reads it when it starts.
                     let _ = handle.control(Control::Reroute).await;
                 }
+                Ok(record)
+            })
+            .await?;
+        self.card(record)
+    }
+
+    /// Sets a number's own limits, all of them; what is not set is as the daemon is configured. Holds at once.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn set_limits(&self, caller: Caller, named: &str, limits: OwnLimits) -> Result<NumberCard, ApiError> {
+        tenant_only(caller)?;
+        self.change_orders(caller, named, move |orders, _| orders.limits = limits).await
+    }
+
+    /// Holds everything a number would send, until the given moment or until it is told to go on. A pause that stands
+    /// keeps its beginning.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn pause_sending(
+        &self,
+        caller: Caller,
+        named: &str,
+        until: Option<Timestamp>,
+    ) -> Result<NumberCard, ApiError> {
+        let now = self.parts.clock.now();
+        self.number_meant(caller, named)?;
+        if until.is_some_and(|until| until <= now || until > now.after(PAUSE_MAX)) {
+            return Err(ApiError::field("until", "must be in the future and at most 366 days ahead"));
+        }
+        let pause = move |orders: &mut SendingOrders, now| {
+            let since = orders.paused(now).map_or(now, |pause| pause.since);
+            orders.pause = Some(Pause { since, until });
+        };
+        self.change_orders(caller, named, pause).await
+    }
+
+    /// Lets a number send again.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn resume_sending(&self, caller: Caller, named: &str) -> Result<NumberCard, ApiError> {
+        self.change_orders(caller, named, |orders, _| orders.pause = None).await
+    }
+
+    /// Durable when this returns, whatever the number is doing; one that runs follows at once.
+    async fn change_orders(
+        &self,
+        caller: Caller,
+        named: &str,
+        change: impl FnOnce(&mut SendingOrders, Timestamp) + Send + 'static,
+    ) -> Result<NumberCard, ApiError> {
+        let id = self.number_meant(caller, named)?.id;
+        let (meta, now) = (self.parts.store.meta().clone(), self.parts.clock.now());
+        let handle = self.handle_of(id)?;
+        let record = self
+            .to_the_end(async move {
+                let changed = meta.change_number(id, |record| change(&mut record.orders, now));
+                let record = changed.await?;
+                handle.order_sending(record.orders);
                 Ok(record)
             })
             .await?;
@@ -250,6 +316,7 @@ impl Api {
 
     fn card(&self, record: Arc<NumberRecord>) -> Result<NumberCard, ApiError> {
         let handle = self.parts.fleet.directory().get(record.id).ok_or(Reason::NumberNotFound)?;
-        Ok(NumberCard { view: handle.view(), restarts: handle.stats().restarts.value(), record })
+        let paused = record.orders.paused(self.parts.clock.now()).is_some();
+        Ok(NumberCard { view: handle.view(), restarts: handle.stats().restarts.value(), paused, record })
     }
 }

@@ -10,6 +10,7 @@ use url::Url;
 
 use super::error::{ConfigErrors, Mistake};
 use super::layers::{DEFAULTS, Layers, Raw, Setting};
+use crate::domain::limiter::{NEW_RECIPIENTS_MAX, NewRecipients};
 use crate::domain::number::OnUnknown;
 use crate::domain::version::ClientVersion;
 use crate::domain::webhook::Schedule;
@@ -125,6 +126,8 @@ pub struct Limits {
     pub chat_interval: Duration,
     /// At once within one chat after a rest.
     pub chat_burst: u32,
+    /// People who never wrote to the number.
+    pub new_recipients: NewRecipients,
 }
 
 /// How long what is not history is kept, and how often every number looks.
@@ -317,11 +320,23 @@ impl Reader<'_> {
         let burst = self.integer("limits", "burst", 1..=1000);
         let chat_seconds = self.float("limits", "chat_seconds_per_message", 0.0..=86_400.0);
         let chat_burst = self.integer("limits", "chat_burst", 1..=1000);
+        let expected = "\"warm-up\", \"unlimited\", or an integer from 0 to 1000";
+        let new_recipients = self.value("limits", "new_recipients_per_day", expected, |raw| {
+            let budget = match raw {
+                Raw::Text(text) | Raw::Untyped(text) if text == "warm-up" => return Some(NewRecipients::WarmUp),
+                Raw::Text(text) | Raw::Untyped(text) if text == "unlimited" => return Some(NewRecipients::Unlimited),
+                Raw::Integer(number) => u32::try_from(*number).ok(),
+                Raw::Untyped(text) => text.parse().ok(),
+                _ => None,
+            };
+            budget.filter(|budget| *budget <= NEW_RECIPIENTS_MAX).map(NewRecipients::PerDay)
+        });
         Some(Limits {
             interval: Duration::from_secs_f64(1.0 / rate?),
             burst: burst?,
             chat_interval: Duration::from_secs_f64(chat_seconds?),
             chat_burst: chat_burst?,
+            new_recipients: new_recipients?,
         })
     }
 

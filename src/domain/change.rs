@@ -7,7 +7,7 @@ use super::endpoint::{DeliverySeq, Endpoint, EndpointState};
 use super::event::{Event, EventKind};
 use super::id::{ChatNo, EventSeq, MessageSeq};
 use super::lifecycle::Life;
-use super::limiter::LimiterRecord;
+use super::limiter::{ChatPace, LimiterRecord};
 use super::message::{Content, Direction, MessageRecord, Progress};
 use super::outbox::OutboxRow;
 use super::phone::Contact;
@@ -63,6 +63,10 @@ pub enum Change {
     Removed(Removal),
     /// State of the limiter.
     Limiter(LimiterRecord),
+    /// What the limiter remembers of a chat.
+    ChatPace(ChatNo, ChatPace),
+    /// The limiter remembers nothing of a chat.
+    ChatPaceGone(ChatNo),
     /// Everything of a contact is to be erased.
     Erase(Erasure),
     /// It is.

@@ -20,8 +20,6 @@ pub const SCHEDULE_AHEAD_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// and at most this long.
 pub const DOUBT_MAX: Duration = Duration::from_secs(3600);
 
-static NONE: BTreeSet<MessageSeq> = BTreeSet::new();
-
 /// When a send takes its place in its chat's queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Schedule {
@@ -201,6 +199,10 @@ pub struct Outbox {
     ready: BTreeSet<MessageSeq>,
     ready_new: BTreeSet<MessageSeq>,
     in_flight: BTreeSet<MessageSeq>,
+    /// Chats with more than one row in their queue.
+    deep: BTreeSet<ChatNo>,
+    /// Rows in queues of chats with people who have written.
+    warm_rows: usize,
 }
 
 impl Outbox {
@@ -266,8 +268,9 @@ impl Outbox {
     pub fn push(&mut self, row: OutboxRow, standing: Standing) {
         let seq = row.seq;
         let line = self.chats.entry(row.chat).or_default();
-        if standing == Standing::Warm {
+        if standing == Standing::Warm && line.standing == Standing::New {
             line.standing = Standing::Warm;
+            self.warm_rows += line.queue.len();
         }
         self.deadlines.insert((row.expiry(), seq));
         if let Schedule::At(at) = row.schedule {
@@ -282,10 +285,14 @@ impl Outbox {
     fn line_up(&mut self, row: OutboxRow) {
         let (seq, chat) = (row.seq, row.chat);
         self.entries.insert(seq, Entry { row, stage: Stage::Waiting });
-        let queue = &mut self.chats.entry(chat).or_default().queue;
-        queue.push_back(seq);
-        if queue.len() == 1 {
-            self.make_ready(seq, chat);
+        let line = self.chats.entry(chat).or_default();
+        line.queue.push_back(seq);
+        let depth = line.queue.len();
+        self.warm_rows += usize::from(line.standing == Standing::Warm);
+        match depth {
+            1 => self.make_ready(seq, chat),
+            2 => drop(self.deep.insert(chat)),
+            _ => {}
         }
     }
 
@@ -364,6 +371,9 @@ impl Outbox {
     /// The other side of a chat wrote.
     pub fn heard(&mut self, chat: ChatNo) {
         if let Some(line) = self.chats.get_mut(&chat) {
+            if line.standing == Standing::New {
+                self.warm_rows += line.queue.len();
+            }
             line.standing = Standing::Warm;
             if let Some(first) = line.queue.front()
                 && self.ready_new.remove(first)
@@ -399,13 +409,72 @@ impl Outbox {
         self.in_flight.iter().copied().find(|seq| self.entries[seq].row.whatsapp_id == whatsapp_id)
     }
 
-    /// Rows that could go now as far as order is concerned, oldest first; empty while the window is full. With
-    /// `Standing::Warm` only those to people who have written.
-    pub fn ready(&self, to: Standing) -> impl Iterator<Item = &OutboxRow> {
-        let open = self.in_flight.len() < IN_FLIGHT_MAX;
-        let new = if to == Standing::New { &self.ready_new } else { &NONE };
-        let ready = self.ready.union(new).filter(move |_| open);
-        ready.filter_map(|seq| self.entries.get(seq)).map(|entry| &entry.row)
+    /// The ready rows of one lane, oldest first, whatever the window says.
+    pub fn lane(&self, standing: Standing) -> impl Iterator<Item = MessageSeq> {
+        let lane = if standing == Standing::Warm { &self.ready } else { &self.ready_new };
+        lane.iter().copied()
+    }
+
+    /// The first row of a chat's queue, if it could go.
+    #[must_use]
+    pub fn ready_in(&self, chat: ChatNo) -> Option<MessageSeq> {
+        let first = self.chats.get(&chat)?.queue.front().copied()?;
+        self.is_ready(first).then_some(first)
+    }
+
+    /// Rows in a chat's queue that are not in flight.
+    #[must_use]
+    pub fn waiting_in(&self, chat: ChatNo) -> usize {
+        let Some(line) = self.chats.get(&chat) else { return 0 };
+        let flying = line.queue.front().is_some_and(|first| self.in_flight.contains(first));
+        line.queue.len() - usize::from(flying)
+    }
+
+    /// The first row of a chat's queue that is not in flight.
+    #[must_use]
+    pub fn first_waiting(&self, chat: ChatNo) -> Option<MessageSeq> {
+        self.chats.get(&chat)?.queue.iter().copied().find(|seq| !self.in_flight.contains(seq))
+    }
+
+    /// Rows in a chat's queue before this one that are not in flight.
+    #[must_use]
+    pub fn waiting_in_before(&self, chat: ChatNo, row: MessageSeq) -> usize {
+        let Some(line) = self.chats.get(&chat) else { return 0 };
+        line.queue.iter().take_while(|seq| **seq < row).filter(|seq| !self.in_flight.contains(seq)).count()
+    }
+
+    /// Rows of a lane before this one that are not in flight. Looks at every row before it.
+    #[must_use]
+    pub fn waiting_before(&self, standing: Standing, row: MessageSeq) -> usize {
+        let waits = |entry: &&Entry| entry.stage == Stage::Waiting && self.standing(entry.row.chat) == standing;
+        self.entries.range(..row).map(|(_, entry)| entry).filter(waits).count()
+    }
+
+    /// Rows of a lane in a queue and not in flight.
+    #[must_use]
+    pub fn waiting_of(&self, standing: Standing) -> usize {
+        let flying_new = self.in_flight_new();
+        match standing {
+            Standing::Warm => self.warm_rows - (self.in_flight.len() - flying_new),
+            Standing::New => self.entries.len() - self.warm_rows - flying_new,
+        }
+    }
+
+    /// How many ready rows to people who never wrote come before this one; all of them without one.
+    #[must_use]
+    pub fn ready_new_before(&self, seq: Option<MessageSeq>) -> usize {
+        seq.map_or(self.ready_new.len(), |seq| self.ready_new.range(..seq).count())
+    }
+
+    /// Whether a chat has more than one row in its queue.
+    #[must_use]
+    pub fn is_deep(&self, chat: ChatNo) -> bool {
+        self.deep.contains(&chat)
+    }
+
+    /// Chats with more than one row in their queue.
+    pub fn deep(&self) -> impl Iterator<Item = ChatNo> {
+        self.deep.iter().copied()
     }
 
     /// Takes a ready row, if the window has room: its attempt is about to be made durable. Gives the row with the
@@ -504,6 +573,10 @@ impl Outbox {
         if let Some(line) = self.chats.get_mut(&row.chat) {
             let was_first = line.queue.front() == Some(&seq);
             line.queue.retain(|other| *other != seq);
+            self.warm_rows -= usize::from(line.standing == Standing::Warm);
+            if line.queue.len() == 1 {
+                self.deep.remove(&row.chat);
+            }
             if let Some(next) = line.queue.front().copied()
                 && was_first
             {
@@ -555,16 +628,18 @@ mod tests {
         }
     }
 
+    /// With `Standing::Warm` only those to people who have written.
     fn ready(outbox: &Outbox, to: Standing) -> Vec<u64> {
-        outbox.ready(to).map(|row| row.seq.0).collect()
+        let new = outbox.lane(Standing::New).filter(|_| to == Standing::New);
+        let mut ready: Vec<_> = outbox.lane(Standing::Warm).chain(new).map(|seq| seq.0).collect();
+        ready.sort_unstable();
+        ready
     }
 
     /// Sends whatever may go, one after the other.
     fn send_all(outbox: &mut Outbox) -> Vec<u64> {
         let mut sent = Vec::new();
-        loop {
-            let next = outbox.ready(Standing::New).map(|row| row.seq).next();
-            let Some(seq) = next else { break };
+        while let Some(seq) = ready(outbox, Standing::New).first().copied().map(MessageSeq) {
             outbox.claim(seq).unwrap();
             outbox.settle(seq).unwrap();
             sent.push(seq.0);
@@ -584,8 +659,9 @@ mod tests {
             let mut flying: Vec<MessageSeq> = Vec::new();
             let mut choices = choices.into_iter().cycle();
             while !outbox.is_empty() {
-                let ready: Vec<_> = outbox.ready(Standing::New).map(|row| row.seq).collect();
-                if let Some(seq) = ready.first() {
+                let full = outbox.in_flight() >= IN_FLIGHT_MAX;
+                if let Some(seq) = ready(&outbox, Standing::New).first().filter(|_| !full).map(|seq| MessageSeq(*seq)) {
+                    let seq = &seq;
                     let claimed = outbox.claim(*seq).unwrap();
                     prop_assert!(flying.iter().all(|other| outbox.row(*other).unwrap().chat != claimed.chat));
                     prop_assert!(outbox.on_wire(*seq, claimed.attempts, Timestamp(1)));
@@ -606,7 +682,8 @@ mod tests {
             }
             prop_assert_eq!(left.values().map(Vec::len).sum::<usize>(), chats.len());
             prop_assert!(outbox.chats.is_empty() && outbox.ready_new.is_empty() && outbox.in_flight.is_empty());
-            prop_assert!(outbox.deadlines.is_empty());
+            prop_assert!(outbox.deadlines.is_empty() && outbox.deep.is_empty());
+            prop_assert_eq!(outbox.warm_rows, 0);
         }
     }
 
@@ -614,14 +691,14 @@ mod tests {
     fn the_window_is_bounded() {
         let mut outbox = Outbox::restore((0..100).map(|seq| row(seq, u32::try_from(seq).unwrap())), &HashSet::new());
         loop {
-            let next = outbox.ready(Standing::New).map(|row| row.seq).next();
-            let Some(seq) = next else { break };
-            outbox.claim(seq);
+            let next = ready(&outbox, Standing::New).first().copied().map(MessageSeq);
+            let Some(seq) = next.filter(|seq| outbox.claim(*seq).is_some()) else { break };
+            assert!(outbox.is_in_flight(seq));
         }
         assert_eq!(outbox.in_flight(), IN_FLIGHT_MAX);
         outbox.give_back_all();
         assert_eq!(outbox.in_flight(), 0);
-        assert_eq!(outbox.ready(Standing::New).count(), 100);
+        assert_eq!(ready(&outbox, Standing::New).len(), 100);
     }
 
     #[test]

@@ -200,6 +200,7 @@ impl Actor for NumberActor {
                 state.step(Input::Erase(chat, id), &myself);
             }
             NumberMessage::Retention(retention) => state.step(Input::Retention(retention), &myself),
+            NumberMessage::Orders(orders) => state.step(Input::Orders(orders), &myself),
             NumberMessage::ChangeEndpoint(ordinal, order, reply) => {
                 let id = state.wait(Waiter::ChangeEndpoint(reply));
                 state.step(Input::Endpoint(ordinal, order, id), &myself);
@@ -316,6 +317,7 @@ impl NumberState {
         // Whoever sets it looks for the actor afterwards: either this sees the record, or the actor gets the message.
         self.handle.set_live(Some(Live { actor: myself.clone(), store: store.clone() }));
         let record = self.environment.store.meta().number(self.handle.id());
+        snapshot.orders = record.as_ref().map(|record| record.orders).unwrap_or_default();
         let retention = record.map(|record| record.retention).unwrap_or_default();
         snapshot.rules = Rules { policy: self.environment.policy, retention };
         let (mut number, effects) = Number::restore(self.handle.id(), snapshot, self.environment.sending, now);
@@ -539,7 +541,7 @@ impl NumberState {
         stats.outbox.set(number.outbox().len() as u64, number.outbox().oldest());
         stats.webhooks.set(number.deliveries().depth(), number.deliveries().oldest());
         self.handle.show_backlogs(number.deliveries().backlogs());
-        stats.set_send_budget_remaining(u64::from(number.send_budget(now)));
+        stats.set_capacity(number.basis(self.handle.is_capacity_watched(), now));
         let life = number.life();
         stats.set_state(life.state.code(), life.state == lifecycle::State::Online);
         stats.set_desired_up(life.desired == lifecycle::Desired::Running && life.linked);

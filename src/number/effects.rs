@@ -197,6 +197,7 @@ impl NumberState {
                         Ok(Accepted { seq, created_at, predicted_wait })
                     }
                     Reply::QueueFull => Err(SendRefused::QueueFull),
+                    Reply::WaitTooLong { wait, limiting } => Err(SendRefused::WaitTooLong { wait, limiting }),
                     Reply::Draining => Err(SendRefused::Draining),
                     _ => Err(Unserved::NotReady.into()),
                 };

@@ -1,7 +1,7 @@
 //! The way to a number for everybody else. It outlives the actor's restarts, admits before the mailbox (which has
 //! no limit of its own) and answers every read without asking the actor.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use crate::domain::lifecycle::{Desired, Life, State};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::{Content, Direction};
 use crate::domain::number::{CancelOutcome, CancelTarget, EndpointOrder, SendRequest};
+use crate::domain::orders::SendingOrders;
 use crate::domain::outbox::Standing;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
@@ -125,6 +126,8 @@ pub struct SendCommand {
     pub send_at: Option<Timestamp>,
     /// Not after this moment.
     pub expires_at: Option<Timestamp>,
+    /// Refused if it would probably wait longer, from when it is due.
+    pub max_wait: Option<Duration>,
     /// The caller's own reference.
     pub correlation_id: Option<String>,
     /// The caller's request id, unique within `scope`.
@@ -153,6 +156,8 @@ pub struct NumberHandle {
     calls: Arc<Semaphore>,
     slot: Arc<Semaphore>,
     answered_at_millis: AtomicU64,
+    /// Streams that follow its capacity.
+    capacity_watchers: AtomicUsize,
 }
 
 impl NumberHandle {
@@ -185,6 +190,7 @@ impl NumberHandle {
             calls: Arc::new(Semaphore::new(CALLS_MAX)),
             slot: Arc::new(Semaphore::new(1)),
             answered_at_millis: AtomicU64::new(0),
+            capacity_watchers: AtomicUsize::new(0),
         }
     }
 
@@ -248,6 +254,20 @@ impl NumberHandle {
         if !now.clone().eq(shown.iter().copied()) {
             shown.clear();
             shown.extend(now);
+        }
+    }
+
+    /// Whether somebody follows its capacity closely.
+    pub(crate) fn is_capacity_watched(&self) -> bool {
+        self.capacity_watchers.load(Ordering::Relaxed) > 0
+    }
+
+    /// Somebody follows its capacity closely, or no longer does.
+    pub fn watch_capacity(&self, begins: bool) {
+        if begins {
+            self.capacity_watchers.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.capacity_watchers.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -390,6 +410,7 @@ impl NumberHandle {
             whatsapp_id: new_whatsapp_id(random),
             correlation_id: command.correlation_id,
             idempotency,
+            max_wait: command.max_wait,
         };
         let (reply, answer) = oneshot::channel();
         let message = NumberMessage::Send { request: Box::new(request), reply, permit };
@@ -471,6 +492,13 @@ impl NumberHandle {
     pub fn keep(&self, retention: Retention) {
         if let Some(live) = self.live.borrow().as_ref() {
             let _ = live.actor.cast(NumberMessage::Retention(retention));
+        }
+    }
+
+    /// What is ordered about its sending was set, on disk. A number that starts just now reads it there.
+    pub fn order_sending(&self, orders: SendingOrders) {
+        if let Some(live) = self.live.borrow().as_ref() {
+            let _ = live.actor.cast(NumberMessage::Orders(orders));
         }
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
+use crate::domain::capacity::Limiting;
 use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
 use crate::domain::delivery::{AttemptEnd, DeliveryRow, Logged};
@@ -13,6 +14,7 @@ use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, EndpointOrder, Receipted, ReplyId, SendRequest};
 use crate::domain::number::{Snapshot, Ticket};
+use crate::domain::orders::SendingOrders;
 use crate::domain::proxy::ProxyAddress;
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
@@ -87,6 +89,14 @@ pub enum SendRefused {
     /// Too many unsettled sends.
     #[error("the number's queue is full")]
     QueueFull,
+    /// It would wait longer than its caller likes.
+    #[error("the message would wait too long")]
+    WaitTooLong {
+        /// How long it would probably wait; unknown when nobody can tell.
+        wait: Option<Duration>,
+        /// What for.
+        limiting: Limiting,
+    },
     /// The daemon is going down.
     #[error("the daemon is draining")]
     Draining,
@@ -211,6 +221,8 @@ pub enum NumberMessage {
     RemoveEndpoint(u32, oneshot::Sender<Result<(), EndpointRefused>>),
     /// What it keeps was set; on disk already.
     Retention(Retention),
+    /// What its owner orders about its sending was set; on disk already.
+    Orders(SendingOrders),
     /// Change one, or send something again.
     ChangeEndpoint(u32, EndpointOrder, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     /// Erase a contact; answered when the order is durable.

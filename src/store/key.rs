@@ -85,6 +85,8 @@ pub enum Tag {
     Life = 0x51,
     /// State of the limiter.
     Limiter = 0x52,
+    /// What it remembers of the chats written to lately, by number.
+    ChatPace = 0x53,
     /// Continuation pieces of values that are too large for one.
     Chunk = 0xf0,
 }

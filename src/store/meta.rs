@@ -19,6 +19,7 @@ use super::number_store::NumberKeys;
 use super::seal::Sealer;
 use super::volume::Volume;
 use crate::domain::id::{NumberId, TenantId};
+use crate::domain::orders::SendingOrders;
 use crate::domain::phone::Phone;
 use crate::domain::proxy::Proxy;
 use crate::domain::retention::Retention;
@@ -72,6 +73,9 @@ pub struct NumberRecord {
     /// What it connects through, if anything.
     #[serde(default)]
     pub proxy: Option<Proxy>,
+    /// What its owner orders about its sending.
+    #[serde(default)]
+    pub orders: SendingOrders,
 }
 
 /// A deleted number whose records are still to be removed. They cannot be read any more.

@@ -17,6 +17,7 @@ use crate::domain::event::Event;
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
 use crate::domain::message::{Content, Direction, MessageRecord, PLACEHOLDER_DIGEST, Progress};
 use crate::domain::number::{Commit, Snapshot};
+use crate::domain::orders::SendingOrders;
 use crate::domain::outbox::{OutboxRow, Standing};
 use crate::domain::phone::Contact;
 use crate::domain::retention::Rules;
@@ -33,6 +34,11 @@ pub(super) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, StoreError>
 
 pub(super) fn word(bytes: &[u8]) -> Result<u64, StoreError> {
     bytes.try_into().map(u64::from_be_bytes).map_err(|_| StoreError::Corrupt("sequence".to_owned()))
+}
+
+fn chat_no(bytes: &[u8]) -> Result<ChatNo, StoreError> {
+    let no = bytes.try_into().map_err(|_| StoreError::Corrupt("chat".to_owned()))?;
+    Ok(ChatNo(u32::from_be_bytes(no)))
 }
 
 pub(super) fn pair_key(first: u32, second: u64) -> Vec<u8> {
@@ -123,6 +129,12 @@ impl NumberStore {
             Change::Limiter(record) => {
                 unit.put(Tag::Limiter, [], encode(&record));
             }
+            Change::ChatPace(chat, pace) => {
+                unit.put(Tag::ChatPace, chat.0.to_be_bytes(), encode(&pace));
+            }
+            Change::ChatPaceGone(chat) => {
+                unit.delete(Tag::ChatPace, chat.0.to_be_bytes());
+            }
             Change::Erase(erasure) => Self::order_erasure(erasure, unit),
             Change::Erased(chat) => Self::end_erasure(chat, unit),
         }
@@ -158,6 +170,9 @@ impl NumberStore {
         }
         let limiter = self.get(Tag::Limiter, &[]).await?;
         let limiter = limiter.map(|bytes| decode(&bytes)).transpose()?.unwrap_or_default();
+        let paces = self.scan_all(Tag::ChatPace, &[]).await?;
+        let paces = paces.iter().map(|(key, value)| Ok((chat_no(key)?, decode(value)?)));
+        let paces = paces.collect::<Result<_, StoreError>>()?;
         let endpoints = self.load_endpoints().await?;
         let erasures = self.scan_all(Tag::Erasure, &[]).await?;
         let erasures = erasures.iter().map(|(_, value)| decode(value)).collect::<Result<_, _>>()?;
@@ -168,8 +183,10 @@ impl NumberStore {
             outbox,
             warm,
             limiter,
+            paces,
             endpoints,
             rules: Rules::default(),
+            orders: SendingOrders::default(),
             erasures,
         })
     }
@@ -203,8 +220,7 @@ impl NumberStore {
     pub async fn chat_of(&self, contact: &Contact) -> Result<Option<ChatNo>, StoreError> {
         for address in contact.addresses() {
             if let Some(bytes) = self.get(Tag::ChatAlias, &self.hashed("chat", address.as_bytes())).await? {
-                let no = bytes.as_slice().try_into().map_err(|_| StoreError::Corrupt("chat".to_owned()))?;
-                return Ok(Some(ChatNo(u32::from_be_bytes(no))));
+                return Ok(Some(chat_no(&bytes)?));
             }
         }
         Ok(None)

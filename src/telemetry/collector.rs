@@ -66,8 +66,8 @@ const FAMILIES: [Family; 15] = [
     family("webhook_oldest_age_seconds", "gauge", "Age of the oldest of them", |stats, now| {
         Value::Seconds(stats.webhooks.oldest_age(now))
     }),
-    family("send_budget_remaining", "gauge", "Sends that would go out at once", |stats, _| {
-        Value::Integer(stats.send_budget_remaining())
+    family("send_budget_remaining", "gauge", "Sends that would go out at once", |stats, now| {
+        Value::Integer(stats.send_budget_remaining(now))
     }),
     family(
         "new_chats_held_until_timestamp_seconds",

@@ -2,8 +2,10 @@
 //! Written with relaxed ordering: each figure stands for itself.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::domain::capacity::Basis;
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::time::Timestamp;
 
@@ -44,7 +46,7 @@ pub struct NumberStats {
     pub outbox: Queue,
     /// Deliveries that wait for an endpoint.
     pub webhooks: Queue,
-    send_budget_remaining: AtomicU64,
+    capacity: Mutex<Option<Basis>>,
     new_chats_held_until: AtomicU64,
     last_activity: AtomicU64,
 }
@@ -126,15 +128,27 @@ impl NumberStats {
         self.desired_up.load(Ordering::Relaxed)
     }
 
-    /// Sends that would go out at once.
-    pub fn set_send_budget_remaining(&self, sends: u64) {
-        self.send_budget_remaining.store(sends, Ordering::Relaxed);
+    /// What its capacity follows from changed, or only time went by.
+    pub fn set_capacity(&self, basis: Basis) {
+        let mut shown = self.capacity.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed_at = match *shown {
+            Some(before) if before.says_the_same_as(&basis) => before.changed_at,
+            _ => basis.changed_at,
+        };
+        *shown = Some(Basis { changed_at, ..basis });
+    }
+
+    /// What its capacity follows from; none before it has started.
+    #[must_use]
+    pub fn capacity(&self) -> Option<Basis> {
+        *self.capacity.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends that would go out at once.
     #[must_use]
-    pub fn send_budget_remaining(&self) -> u64 {
-        self.send_budget_remaining.load(Ordering::Relaxed)
+    pub fn send_budget_remaining(&self, now: Timestamp) -> u64 {
+        let basis = self.capacity().filter(|_| self.is_up());
+        basis.map_or(0, |basis| basis.at(now).available_now.into())
     }
 
     /// Until when messages to people who never wrote are held.

@@ -97,6 +97,7 @@ impl Plan {
             ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
             ("LIMITS__BURST", "1000".to_owned()),
             ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
+            ("LIMITS__NEW_RECIPIENTS_PER_DAY", "unlimited".to_owned()),
             ("LOG__LEVEL", std::env::var("FAULTS_LOG").unwrap_or("warn,switchboard::daemon=info".to_owned())),
         ];
         all.extend(settings.iter().map(|(key, value)| (*key, (*value).to_owned())));

@@ -66,6 +66,7 @@ impl Daemon {
             ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
             ("LIMITS__BURST", "1000".to_owned()),
             ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
+            ("LIMITS__NEW_RECIPIENTS_PER_DAY", "unlimited".to_owned()),
         ];
         for (key, value) in defaults {
             command.env(format!("SWITCHBOARD__{key}"), value);

@@ -148,6 +148,7 @@ impl World {
             whatsapp_id: format!("3EB0{:018X}", self.callers.whatsapp_ids),
             correlation_id: None,
             idempotency: call.request.map(|request| (key(request), digest(call))),
+            max_wait: None,
         };
         self.callers.whatsapp_ids += 1;
         let delay = self.hop();

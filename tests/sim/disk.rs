@@ -10,9 +10,10 @@ use switchboard::domain::endpoint::{DeliverySeq, Endpoint, EndpointState};
 use switchboard::domain::event::{Event, EventBody};
 use switchboard::domain::id::{ChatNo, EventId, EventSeq, MessageSeq};
 use switchboard::domain::lifecycle::Life;
-use switchboard::domain::limiter::LimiterRecord;
+use switchboard::domain::limiter::{ChatPace, LimiterRecord};
 use switchboard::domain::message::{Content, Direction, MessageRecord, PLACEHOLDER_DIGEST, Progress};
 use switchboard::domain::number::{Commit, Snapshot, Ticket};
+use switchboard::domain::orders::SendingOrders;
 use switchboard::domain::outbox::{OutboxRow, Standing};
 use switchboard::domain::phone::Contact;
 use switchboard::domain::retention::{Erasure, Removal, Rules};
@@ -35,6 +36,7 @@ pub(crate) struct Records {
     pub(crate) heard: HashSet<ChatNo>,
     pub(crate) seen: HashMap<SeenKey, MessageSeq>,
     pub(crate) limiter: LimiterRecord,
+    pub(crate) paces: BTreeMap<ChatNo, ChatPace>,
     pub(crate) events: BTreeMap<EventSeq, Rc<Event>>,
     pub(crate) deliveries: BTreeMap<(u32, DeliverySeq), DeliveryRow>,
     pub(crate) erasures: BTreeMap<ChatNo, Erasure>,
@@ -86,6 +88,8 @@ impl Records {
             Change::Life(life) => self.life = Some(life.clone()),
             Change::Removed(removal) => self.remove(removal),
             Change::Limiter(record) => self.limiter = *record,
+            Change::ChatPace(chat, pace) => drop(self.paces.insert(*chat, *pace)),
+            Change::ChatPaceGone(chat) => drop(self.paces.remove(chat)),
             Change::Erase(erasure) => drop(self.erasures.insert(erasure.chat, *erasure)),
             Change::Erased(chat) => drop(self.erasures.remove(chat)),
         }
@@ -135,6 +139,7 @@ impl Records {
             Change::Counters(_) => self.counters = other.counters,
             Change::Life(_) => self.life.clone_from(&other.life),
             Change::Limiter(_) => self.limiter = other.limiter,
+            Change::ChatPace(chat, _) | Change::ChatPaceGone(chat) => back_sorted(&mut self.paces, &other.paces, chat),
             Change::Removed(removal) => self.revert_removal(removal, other),
             Change::Erase(Erasure { chat, .. }) | Change::Erased(chat) => {
                 back_sorted(&mut self.erasures, &other.erasures, chat);
@@ -252,6 +257,8 @@ impl Records {
             outbox: self.outbox.values().cloned().collect(),
             warm: self.outbox.values().map(|row| row.chat).filter(|chat| self.heard.contains(chat)).collect(),
             limiter: self.limiter,
+            paces: self.paces.iter().map(|(chat, pace)| (*chat, *pace)).collect(),
+            orders: SendingOrders::default(),
             endpoints: endpoints.collect(),
             rules,
             erasures: self.erasures.values().copied().collect(),

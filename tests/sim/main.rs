@@ -12,6 +12,7 @@ mod endpoints;
 mod fleet;
 mod gate;
 mod outage;
+mod pacing;
 mod people;
 mod plan;
 mod promises;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use switchboard::domain::delivery::{ASIDE_MAX, IN_FLIGHT_MAX, SIDE_IN_FLIGHT_MAX, WINDOW_MAX};
 use switchboard::domain::lifecycle::State;
-use switchboard::domain::limiter::{Limits, Pace};
+use switchboard::domain::limiter::{Limits, NewRecipients, Pace};
 use switchboard::domain::number::OnUnknown;
 use switchboard::domain::retention::{Policy, Retention, Rules};
 
@@ -67,7 +67,8 @@ fn plan() -> Plan {
         rules: Rules { policy: Policy::default(), retention: Retention::KeepAll },
         erase: 0,
         retention: 0,
-        limits: Limits { number: fast, chat: fast },
+        pauses: 0,
+        limits: Limits { number: fast, chat: fast, new_recipients: NewRecipients::Unlimited },
         chapter: 0,
         chapters: 0,
     }

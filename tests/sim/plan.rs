@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use switchboard::domain::limiter::{Limits, Pace};
+use switchboard::domain::limiter::{Limits, NewRecipients, Pace};
 use switchboard::domain::number::OnUnknown;
 
 use switchboard::domain::retention::{Policy, Retention, Rules};
@@ -64,6 +64,8 @@ pub(crate) struct Plan {
     pub(crate) erase: u64,
     /// The owner changes what is kept, among what the world does.
     pub(crate) retention: u64,
+    /// The owner pauses sending, among what the world does.
+    pub(crate) pauses: u64,
     /// What the number is allowed.
     pub(crate) limits: Limits,
     /// Inputs of one stormy chapter, and chapters.
@@ -77,8 +79,14 @@ const SELDOM: Duration = Duration::from_secs(600);
 impl Plan {
     pub(crate) fn draw(rng: &mut Rng) -> Self {
         let fast = Pace { interval: Duration::from_millis(1), burst: 100 };
-        let open = Limits { number: fast, chat: fast };
-        let brisk = Limits { number: Pace { interval: Duration::from_millis(100), burst: 5 }, chat: fast };
+        let open = Limits { number: fast, chat: fast, new_recipients: NewRecipients::Unlimited };
+        let brisk = Limits { number: Pace { interval: Duration::from_millis(100), burst: 5 }, ..open };
+        // Whoever never wrote and is one too many waits for a day.
+        let paced = Limits {
+            number: Pace { interval: Duration::from_millis(20), burst: 3 },
+            chat: Pace { interval: Duration::from_millis(700), burst: 2 },
+            new_recipients: NewRecipients::PerDay(30),
+        };
         let sweep_every = Duration::from_secs(rng.pick(&[1, 30, 600]));
         Self {
             crash: rng.pick(&[0, 1, 3, 10]),
@@ -116,7 +124,14 @@ impl Plan {
             },
             erase: rng.pick(&[0, 0, 100, 500]),
             retention: rng.pick(&[0, 0, 50, 300]),
-            limits: rng.pick(&[open, open, brisk, Limits::LINKED]),
+            limits: match sweep_every >= SELDOM {
+                true => rng.pick(&[open, brisk, paced, Limits::LINKED]),
+                false => {
+                    let everybody = |limits| Limits { new_recipients: NewRecipients::Unlimited, ..limits };
+                    rng.pick(&[open, brisk, everybody(paced), everybody(Limits::LINKED)])
+                }
+            },
+            pauses: rng.pick(&[0, 0, 300]),
             chapter: 500 + rng.below(1000),
             chapters: 4,
             proxy_down: rng.pick(&[0, 0, 300]),

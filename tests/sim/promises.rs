@@ -18,6 +18,7 @@ use switchboard::domain::retention::{Erasure, RELAY_ROWS_KEPT, Removal, Retentio
 use switchboard::domain::time::Timestamp;
 
 use super::disk::Records;
+use super::pacing::Pacing;
 use super::people;
 use super::subscriptions::Subscriptions;
 
@@ -107,6 +108,7 @@ pub(crate) struct Promises {
     pub(crate) transmits: u64,
     pub(crate) hooks: Subscriptions,
     quiet: Option<Quiet>,
+    pub(crate) pacing: Pacing,
 }
 
 pub(crate) fn rung(status: MessageStatus) -> u8 {
@@ -126,6 +128,7 @@ impl Promises {
     /// A unit reaches the platter; `before` is what was there.
     pub(crate) fn flushing(&mut self, changes: &[Change], before: &Records, now: Timestamp) {
         self.hooks.flushing(changes, before);
+        self.pacing.flushing(changes);
         let mut events = before.counters.event;
         for change in changes {
             match change {
@@ -489,6 +492,16 @@ impl Promises {
     }
 
     // === the wire ===
+
+    /// The machine orders these changes to be written.
+    pub(crate) fn claiming(&mut self, changes: &[Change], paused: bool, now: u64) {
+        for change in changes {
+            if let Change::Outbox(row) = change {
+                let warm = self.wrote.contains(&people::person(&row.to));
+                self.pacing.claiming(row, warm, paused, now);
+            }
+        }
+    }
 
     /// WhatsApp's answer to an attempt reaches the machine.
     pub(crate) fn answer_told(&mut self, error: Option<u16>, now: u64) {

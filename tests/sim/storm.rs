@@ -5,14 +5,16 @@ use std::time::Duration;
 use switchboard::domain::endpoint::ENDPOINTS_MAX;
 use switchboard::domain::lifecycle::{self, State};
 use switchboard::domain::number::Input;
+use switchboard::domain::orders::Pause;
 use switchboard::domain::outbox::IN_FLIGHT_MAX;
 use switchboard::domain::time::Timestamp;
 
 use super::promises::Promises;
 use super::world::{Figures, Happens, World};
 
-/// Longest time to settle: the longest webhook schedule and the longest ban fit in.
-const SETTLES_WITHIN: u64 = 80 * 3600 * 1000;
+/// Longest time to settle: the longest webhook schedule, the longest ban, and a hold with the budgets of the days behind
+/// it fit in.
+const SETTLES_WITHIN: u64 = 130 * 3600 * 1000;
 /// Time between two things that the world does in a calm.
 const CALM_STIRS: u64 = 60_000;
 /// Time between two looks at the number by its operator.
@@ -52,6 +54,7 @@ impl World {
         self.note(|| "CALM".to_owned());
         self.calm = true;
         self.moods.calm();
+        self.order_pause(None);
         let until = self.now + SETTLES_WITHIN;
         while !self.is_settled() {
             assert!(self.now < until, "nothing settles: {}", self.unsettled());
@@ -162,6 +165,9 @@ impl World {
                 if self.rng.chance(self.plan.retention) {
                     self.change_retention();
                 }
+                if self.rng.chance(self.plan.pauses) {
+                    self.change_pause();
+                }
             }
             95..98 => {
                 if self.rng.chance(self.plan.drain) {
@@ -172,6 +178,21 @@ impl World {
             _ => pause += self.rng.pick(&[1000, 10_000, 70_000, 400_000]),
         }
         self.outside(pause, Happens::Stirs);
+    }
+
+    /// The owner pauses sending, or lets it go on.
+    fn change_pause(&mut self) {
+        let now = Timestamp(self.now);
+        let far = now.after(Duration::from_millis(1 + self.rng.below(600_000)));
+        let until = self.rng.pick(&[None, Some(far)]);
+        let pause = self.rng.chance(600).then_some(Pause { since: now, until });
+        self.order_pause(pause);
+    }
+
+    /// On disk at once, and then the machine is told.
+    fn order_pause(&mut self, pause: Option<Pause>) {
+        self.orders.pause = pause;
+        self.step(Input::Orders(self.orders));
     }
 
     fn order(&mut self, input: lifecycle::Input) {

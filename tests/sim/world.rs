@@ -13,6 +13,7 @@ use switchboard::domain::message::{Content, MessageStatus};
 use switchboard::domain::number::{
     CancelTarget, Effect, Input, Number, Reply, ReplyId, SendRequest, SendingRules, Ticket, Transmit,
 };
+use switchboard::domain::orders::SendingOrders;
 use switchboard::domain::retention::{Found, Sweep};
 use switchboard::domain::time::Timestamp;
 
@@ -27,7 +28,7 @@ use super::sweeps::Reader;
 use super::wire::{FromSession, Session, Whatsapp, Wire};
 
 pub(crate) const NUMBER: NumberId = NumberId(7);
-const START: u64 = 1_700_000_000_000;
+pub(crate) const START: u64 = 1_700_000_000_000;
 /// Steps that are shown when a promise breaks and `SIM_STEPS` does not say otherwise.
 const STEPS_SHOWN: u64 = 60;
 /// Useless ticks in one second of virtual time, beyond those that other inputs explain.
@@ -162,6 +163,8 @@ pub(crate) struct World {
     pub(crate) moods: Moods,
     pub(crate) tallies: Tallies,
     pub(crate) reader: Reader,
+    /// What the owner orders about sending.
+    pub(crate) orders: SendingOrders,
     /// What readers are told that the log begins behind.
     pub(crate) event_floor: EventSeq,
     /// The turn asked for, if one is.
@@ -214,6 +217,7 @@ impl World {
             moods: Moods::default(),
             tallies: Tallies::default(),
             reader: Reader::default(),
+            orders: SendingOrders::default(),
             event_floor: EventSeq(0),
             gate: None,
             next_turn: 0,
@@ -226,6 +230,7 @@ impl World {
             trace: traced.then(VecDeque::new),
             steps_shown: super::setting("SIM_STEPS").unwrap_or(STEPS_SHOWN),
         };
+        world.promises.pacing.limits = Some(world.plan.limits);
         world.promises.retention_set(world.plan.rules.retention, Timestamp(START));
         world.outside(0, Happens::Boots);
         world
@@ -406,6 +411,7 @@ impl World {
         match effect {
             Effect::Commit(commit) => {
                 self.promises.hooks.ordered(&commit);
+                self.promises.claiming(&commit.changes, self.orders.paused(Timestamp(self.now)).is_some(), self.now);
                 self.disk.submit(commit);
                 self.start_disk();
             }
@@ -551,6 +557,7 @@ impl World {
         self.drained = false;
         self.connection_lost();
         self.promises.crashed(&self.disk.durable);
+        self.promises.pacing.crashed();
         let mut waiters: Vec<_> = std::mem::take(&mut self.waiters).into_iter().collect();
         waiters.sort_by_key(|(reply, _)| *reply);
         for (_, waiter) in waiters {
@@ -564,7 +571,8 @@ impl World {
         let sending = SendingRules { limits: self.plan.limits, on_unknown: self.plan.on_unknown };
         // As the shell tells the streams when it has read the records.
         self.event_floor = self.event_floor.max(EventSeq(self.disk.visible.counters.event_floor));
-        let snapshot = self.disk.visible.snapshot(self.disk.has_credentials, self.plan.rules);
+        let mut snapshot = self.disk.visible.snapshot(self.disk.has_credentials, self.plan.rules);
+        snapshot.orders = self.orders;
         let (number, effects) = Number::restore(NUMBER, snapshot, sending, Timestamp(self.now));
         self.number = Some(number);
         self.perform(effects);

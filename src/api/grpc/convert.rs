@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::proto as pb;
+use super::{limits, proto as pb};
 use crate::api::error::ApiError;
 use crate::api::events::Step;
 use crate::api::messages::MessageCard;
@@ -30,13 +30,20 @@ pub(super) fn time(at: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds: i64::try_from(at.as_secs()).unwrap_or(i64::MAX), nanos }
 }
 
-pub(super) fn duration(duration: &prost_types::Duration) -> Result<Duration, ApiError> {
+pub(super) fn duration(field: &'static str, duration: &prost_types::Duration) -> Result<Duration, ApiError> {
     let seconds = u64::try_from(duration.seconds);
     let nanos = u32::try_from(duration.nanos);
     match (seconds, nanos) {
         (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => Ok(Duration::new(seconds, nanos)),
-        _ => Err(ApiError::field("progress_interval", "must not be negative")),
+        _ => Err(ApiError::field(field, "must not be negative")),
     }
+}
+
+pub(super) fn interval(
+    field: &'static str,
+    asked: Option<&prost_types::Duration>,
+) -> Result<Option<Duration>, ApiError> {
+    asked.map(|asked| duration(field, asked)).transpose()
 }
 
 pub(super) fn moment(field: &'static str, at: Option<&prost_types::Timestamp>) -> Result<Option<Timestamp>, ApiError> {
@@ -84,7 +91,7 @@ pub(super) fn client_version(card: VersionCard) -> pb::ClientVersion {
 }
 
 pub(super) fn number(card: NumberCard) -> pb::Number {
-    let NumberCard { record, view, restarts } = card;
+    let NumberCard { record, view, restarts, paused } = card;
     let kind = match record.kind {
         NumberKind::Linked => pb::NumberKind::Linked,
         NumberKind::Official => pb::NumberKind::Official,
@@ -97,6 +104,7 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         Desired::Running => pb::DesiredState::Running,
         Desired::Stopped => pb::DesiredState::Stopped,
     };
+    let paused = record.orders.pause.filter(|_| paused);
     pb::Number {
         id: record.id.to_string(),
         tenant: record.tenant.to_string(),
@@ -115,6 +123,9 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         proxy: record.proxy.as_ref().map(Proxy::shown).unwrap_or_default(),
         new_chats_held_until: held.map(|(until, _)| time(until)),
         new_chats_held_reason: held.map(|(_, reason)| reason.name().to_owned()).unwrap_or_default(),
+        own_limits: Some(limits::own_limits(record.orders.limits)),
+        paused_since: paused.map(|pause| time(pause.since)),
+        paused_until: paused.and_then(|pause| pause.until).map(time),
     }
 }
 
@@ -355,6 +366,6 @@ mod tests {
     #[test]
     fn times_keep_their_milliseconds() {
         assert_eq!(time(Timestamp(1_234)), prost_types::Timestamp { seconds: 1, nanos: 234_000_000 });
-        assert!(duration(&prost_types::Duration { seconds: -1, nanos: 0 }).is_err());
+        assert!(duration("max_wait", &prost_types::Duration { seconds: -1, nanos: 0 }).is_err());
     }
 }

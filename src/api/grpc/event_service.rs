@@ -32,7 +32,7 @@ impl pb::event_service_server::EventService for Service {
                 number: &asked.number,
                 types: &asked.types,
                 cursor: &asked.resume_cursor,
-                progress_interval: asked.progress_interval.as_ref().map(convert::duration).transpose()?,
+                progress_interval: convert::interval("progress_interval", asked.progress_interval.as_ref())?,
                 key: self.key_id(&request),
             };
             Ok(wire_stream(self.api.events(caller, &order)?, self.api.stream_patience()))

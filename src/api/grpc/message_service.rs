@@ -28,9 +28,13 @@ impl pb::message_service_server::MessageService for Service {
                 correlation_id: &asked.correlation_id,
                 send_time: convert::moment("send_time", asked.send_time.as_ref())?,
                 expire_time: convert::moment("expire_time", asked.expire_time.as_ref())?,
+                max_wait: convert::interval("max_wait", asked.max_wait.as_ref())?,
             };
-            let card = self.api.send_message(caller, order).await?;
-            Ok(pb::SendMessageResponse { message: Some(convert::message(card)) })
+            let sent = self.api.send_message(caller, order).await?;
+            Ok(pb::SendMessageResponse {
+                message: Some(convert::message(sent.message)),
+                predicted_wait: sent.predicted_wait.and_then(|wait| prost_types::Duration::try_from(wait).ok()),
+            })
         };
         call.answer(outcome.await)
     }

@@ -2,6 +2,7 @@
 
 mod convert;
 mod event_service;
+mod limits;
 mod message_service;
 mod number_service;
 mod operator_service;

@@ -3,10 +3,10 @@
 use futures_util::stream::{self, BoxStream, StreamExt as _};
 use tonic::{Request, Response, Status, async_trait};
 
-use super::convert;
 use super::proto as pb;
 use super::server::Service;
 use super::status::status_of;
+use super::{convert, limits};
 use crate::api::numbers::NewNumber;
 use crate::api::pairing::PairingWatch;
 use crate::number::handle::Erased;
@@ -120,6 +120,37 @@ impl pb::number_service_server::NumberService for Service {
     async fn logout_number(&self, request: Request<pb::LogoutNumberRequest>) -> Result<Response<pb::Number>, Status> {
         let number = request.get_ref().number.clone();
         self.control("LogoutNumber", &request, &number, Control::Logout).await
+    }
+
+    async fn set_limits(&self, request: Request<pb::SetLimitsRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("SetLimits");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            let limits = limits::own_limits_of(asked.limits.as_ref())?;
+            self.api.set_limits(caller, &asked.number, limits).await.map(convert::number)
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn pause_sending(&self, request: Request<pb::PauseSendingRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("PauseSending");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            let until = convert::moment("until", asked.until.as_ref())?;
+            self.api.pause_sending(caller, &asked.number, until).await.map(convert::number)
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn resume_sending(&self, request: Request<pb::ResumeSendingRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("ResumeSending");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            self.api.resume_sending(caller, &request.get_ref().number).await.map(convert::number)
+        };
+        call.answer(outcome.await)
     }
 
     async fn reset_number(&self, request: Request<pb::ResetNumberRequest>) -> Result<Response<pb::Number>, Status> {

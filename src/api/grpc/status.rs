@@ -36,6 +36,7 @@ pub fn response_of<B: Default>(error: &ApiError) -> Response<B> {
 fn quota_subject(reason: Reason) -> Option<&'static str> {
     match reason {
         Reason::QueueFull => Some("number:outbox"),
+        Reason::WaitTooLong => Some("number:limits"),
         Reason::NumberBusy => Some("number:calls"),
         Reason::WebhookLimitExceeded => Some("number:webhooks"),
         _ => None,

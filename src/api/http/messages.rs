@@ -73,8 +73,9 @@ async fn accept(api: &Api, headers: &HeaderMap, body: &[u8]) -> Result<Value, Ap
         correlation_id: &correlation_id,
         send_time,
         expire_time,
+        max_wait: None,
     };
-    let card = api.send_message(caller, order).await?;
+    let card = api.send_message(caller, order).await?.message;
     let source = api.number(caller, "")?.record.phone.e164();
     Ok(json!({
         "id": card.id.to_string(),

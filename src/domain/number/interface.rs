@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use crate::domain::capacity::Limiting;
 use crate::domain::change::{Change, Counters, IdempotencyKey};
 use crate::domain::delivery::StoredEndpoint;
 use crate::domain::delivery::{
@@ -11,8 +12,9 @@ use crate::domain::delivery::{
 use crate::domain::endpoint::{DisabledReason, Endpoint, EndpointUpdate, Replay};
 use crate::domain::id::{ChatNo, EventSeq, MessageSeq};
 use crate::domain::lifecycle::{self, Life, State};
-use crate::domain::limiter::{LimiterRecord, Limits, LockAnswer, LockReason};
+use crate::domain::limiter::{ChatPace, LimiterRecord, Limits, LockAnswer, LockReason};
 use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
+use crate::domain::orders::SendingOrders;
 use crate::domain::outbox::{Devices, OutboxRow, Standing};
 use crate::domain::phone::Contact;
 use crate::domain::retention::{Erasure, Found, Retention, Rules, Sweep};
@@ -47,6 +49,8 @@ pub struct SendRequest {
     pub correlation_id: Option<String>,
     /// The request id and the digest of what it asked.
     pub idempotency: Option<(IdempotencyKey, [u8; 32])>,
+    /// Refused if it would probably wait longer than this, from when it is due.
+    pub max_wait: Option<Duration>,
 }
 
 /// An inbound message, resolved against the disk by the shell.
@@ -207,6 +211,8 @@ pub enum Input {
     ReplayLoaded(u32, Vec<Logged>),
     /// What the number keeps was set.
     Retention(Retention),
+    /// What its owner orders about its sending was set.
+    Orders(SendingOrders),
     /// A look for what is too old ended.
     Swept(Found),
     /// Somebody wants everything of a chat erased.
@@ -269,6 +275,13 @@ pub enum Reply {
     },
     /// Too many unsettled sends.
     QueueFull,
+    /// It would wait longer than its caller likes. Nothing of it is kept.
+    WaitTooLong {
+        /// How long it would probably wait; unknown when nobody can tell.
+        wait: Option<Duration>,
+        /// What for.
+        limiting: Limiting,
+    },
     /// The number is going down.
     Draining,
     /// The endpoint is durable.
@@ -403,10 +416,14 @@ pub struct Snapshot {
     pub warm: HashSet<ChatNo>,
     /// State of the limiter.
     pub limiter: LimiterRecord,
+    /// What it remembers of chats.
+    pub paces: Vec<(ChatNo, ChatPace)>,
     /// Endpoints, each with what is queued for it.
     pub endpoints: Vec<StoredEndpoint>,
     /// How long things are kept.
     pub rules: Rules,
+    /// What the owner orders about sending.
+    pub orders: SendingOrders,
     /// Contacts being erased.
     pub erasures: Vec<Erasure>,
 }

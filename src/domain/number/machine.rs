@@ -14,6 +14,7 @@ use crate::domain::id::{ChatNo, EventSeq, MessageSeq, NumberId};
 use crate::domain::lifecycle::{Desired, Life, Purpose, State};
 use crate::domain::limiter::{Limiter, NewChats};
 use crate::domain::message::{Content, MessageRecord, Progress};
+use crate::domain::orders::SendingOrders;
 use crate::domain::outbox::{Outbox, OutboxRow, Standing, Unsettled};
 use crate::domain::time::Timestamp;
 
@@ -66,7 +67,10 @@ pub struct Number {
     pub(super) counters: Counters,
     pub(super) outbox: Outbox,
     pub(super) sending: SendingRules,
+    pub(super) orders: SendingOrders,
     pub(super) limiter: Limiter,
+    /// Replies that went in a row while others waited.
+    pub(super) replies_in_a_row: u64,
     pub(super) new_chats: NewChats,
     pub(super) deliveries: Deliveries,
     pub(super) pending: VecDeque<Pending>,
@@ -115,7 +119,9 @@ impl Number {
             counters: snapshot.counters,
             outbox: Outbox::restore(snapshot.outbox, &snapshot.warm),
             sending,
-            limiter: Limiter::new(sending.limits),
+            orders: snapshot.orders,
+            limiter: Limiter::restore(snapshot.orders.limits.over(sending.limits), &snapshot.limiter, snapshot.paces),
+            replies_in_a_row: 0,
             new_chats: snapshot.limiter.new_chats,
             deliveries,
             pending: VecDeque::new(),
@@ -160,12 +166,6 @@ impl Number {
     #[must_use]
     pub fn deliveries(&self) -> &Deliveries {
         &self.deliveries
-    }
-
-    /// Messages it could send at once.
-    #[must_use]
-    pub fn send_budget(&self, now: Timestamp) -> u32 {
-        if self.life.state == State::Online { self.limiter.available(now) } else { 0 }
     }
 
     /// Whether it may write to people who never wrote to it.
@@ -224,6 +224,7 @@ impl Number {
             Input::PageLoaded(endpoint, rows) => self.deliveries.loaded(endpoint, rows, now),
             Input::ReplayLoaded(endpoint, events) => self.on_replay_loaded(endpoint, &events, now, &mut draft),
             Input::Retention(retention) => self.on_retention(retention, now, &mut draft),
+            Input::Orders(orders) => self.on_orders(orders),
             Input::Swept(found) => self.on_swept(found, now, &mut draft),
             Input::Erase(chat, reply) => self.on_erase(chat, reply, &mut draft),
             Input::Drain => self.draining = true,
@@ -247,8 +248,10 @@ impl Number {
         if let Some((unless_known, mut changes, then)) = draft.conditional {
             // Written behind the other commit: it must not take back a mark that this very step moved on.
             for change in &mut changes {
-                if let Change::Counters(counters) = change {
-                    *counters = self.counters;
+                match change {
+                    Change::Counters(counters) => *counters = self.counters,
+                    Change::Limiter(record) => *record = self.limiter.record(self.new_chats),
+                    _ => {}
                 }
             }
             effects.push(self.commit(changes, vec![then], Some(unless_known), true));
@@ -351,7 +354,8 @@ impl Number {
         }
         let Some(row) = self.outbox.row(seq) else { return };
         // The disk took its time: what was right when it was claimed may not be any more.
-        if row.deadline() <= now || self.is_held(self.outbox.standing(row.chat)) {
+        let paused = self.orders.paused(now).is_some();
+        if paused || row.deadline() <= now || self.is_held(self.outbox.standing(row.chat)) {
             let devices = row.devices;
             self.outbox.give_back(seq, Unsettled::NotThrough, devices, Timestamp(0));
             return;
@@ -417,6 +421,7 @@ mod tests {
             whatsapp_id: phone.to_owned(),
             correlation_id: None,
             idempotency: request.map(|id| (IdempotencyKey([id; 16]), [0; 32])),
+            max_wait: None,
         };
         Input::Send(Box::new(request), ReplyId(1))
     }

@@ -5,6 +5,7 @@ mod connection;
 mod erasing;
 mod interface;
 mod machine;
+mod predicting;
 mod receiving;
 mod retaining;
 mod sending;

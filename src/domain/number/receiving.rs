@@ -119,6 +119,12 @@ impl Number {
         open.then(|| found.clone())
     }
 
+    /// The chat that this process made for a contact.
+    pub(super) fn fresh_chat(&self, contact: &Contact) -> Option<ChatNo> {
+        let addresses = contact.addresses();
+        self.fresh_chats.iter().find(|(known, _)| addresses.contains(known)).map(|(_, chat)| *chat)
+    }
+
     /// The chat of a contact: as the disk knew it, as this process made it, or a new one.
     pub(super) fn chat_for(&mut self, contact: &Contact, stored: Option<ChatNo>, draft: &mut Draft) -> ChatNo {
         let addresses = contact.addresses();

@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use super::interface::{Counted, Effect, OnUnknown, Receipted, Reply, ReplyId, Retry, SendRequest};
 use super::machine::{Draft, Number, Then, UnlessKnown};
+use super::predicting::REPLIES_IN_A_ROW;
 use crate::domain::ack;
 use crate::domain::change::{Change, IdempotencyRecord};
 use crate::domain::event::{EventBody, OutboundEvent};
 use crate::domain::id::{ChatNo, MessageId, MessageSeq};
 use crate::domain::lifecycle::State;
-use crate::domain::limiter::{LimitLayer, NewChats};
+use crate::domain::limiter::{Grant, LimitLayer, NewChats};
 use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
 use crate::domain::outbox::{DEADLINE_DEFAULT, Devices, IN_FLIGHT_MAX, OutboxRow, Schedule, Standing, Unsettled};
 use crate::domain::phone::Contact;
@@ -22,6 +23,18 @@ pub const IDEMPOTENCY_KEPT: Duration = Duration::from_secs(25 * 3600);
 /// Messages whose progress the disk may not show yet.
 const RECENT_PROGRESS_MAX: usize = 256;
 
+/// Rows to people who never wrote that one step looks at.
+const LANE_LOOKED_AT: usize = 1024;
+
+/// What one step sends.
+#[derive(Default)]
+struct Chosen {
+    sends: Vec<(MessageSeq, ChatNo, Grant)>,
+    in_doubt: Vec<MessageSeq>,
+    /// When the next one may be due.
+    wake: Option<Timestamp>,
+}
+
 impl Number {
     pub(super) fn on_send(&mut self, request: SendRequest, reply: ReplyId, now: Timestamp, draft: &mut Draft) {
         if self.draining {
@@ -32,19 +45,20 @@ impl Number {
             draft.effects.push(Effect::Reply(reply, Reply::QueueFull));
             return;
         }
-        self.accepting += 1;
+        let scheduled = request.send_at.filter(|at| *at > now);
+        if let Some(refusal) = self.would_wait_too_long(&request, scheduled, now) {
+            draft.effects.push(Effect::Reply(reply, refusal));
+            return;
+        }
         let chat = self.chat_for(&request.to, request.chat, draft);
         let standing = if self.recent_heard.contains(&chat) { Standing::Warm } else { request.standing };
         let seq = self.next_message();
-        let scheduled = request.send_at.filter(|at| *at > now);
         let expires_at = request.expires_at.unwrap_or_else(|| scheduled.unwrap_or(now).after(DEADLINE_DEFAULT));
-        let claimed = self.may_transmit()
-            && scheduled.is_none()
-            && expires_at > now
-            && self.outbox.is_idle(chat)
-            && !self.is_accepting_for(chat)
-            && (standing == Standing::Warm || self.room_for_new() > 0)
-            && self.limiter.try_take(chat, now).is_ok();
+        let at_once = scheduled.is_none() && expires_at > now && self.may_leave_at_once(chat, standing, now);
+        let grant = if at_once { self.limiter.try_take(chat, standing, now).ok() } else { None };
+        let claimed = grant.is_some();
+        let wait = if claimed { Some(Duration::ZERO) } else { self.predicted_wait(chat, scheduled, standing, now) };
+        self.accepting += 1;
         let relays_only = self.retaining.relays_only();
         let row = OutboxRow {
             seq,
@@ -79,7 +93,9 @@ impl Number {
         if relays_only {
             changes.push(Change::Body(seq, request.content.clone()));
         }
-        let wait = if claimed { Some(Duration::ZERO) } else { self.predicted_wait(scheduled, standing, now) };
+        if let Some(grant) = grant {
+            changes.extend(granted(chat, grant).chain([self.limiter_change()]));
+        }
         let then = Then::Accepted { row, standing, content: request.content, reply, wait, claimed };
         match request.idempotency {
             None => {
@@ -111,18 +127,42 @@ impl Number {
         draft.conditional = Some((unless_known, changes, then));
     }
 
-    /// How long the newest send will probably wait; unknown while the number cannot send.
-    fn predicted_wait(&self, scheduled: Option<Timestamp>, standing: Standing, now: Timestamp) -> Option<Duration> {
-        if !self.may_transmit() {
-            return None;
-        }
-        let position = self.outbox.waiting() + self.accepting - 1;
-        let turn = self.limiter.predicted(position, now);
-        let held = match self.new_chats {
-            NewChats::Held { until, .. } if standing == Standing::New => until,
-            _ => now,
-        };
-        Some(turn.max(held).max(scheduled.unwrap_or(now)).since(now))
+    /// Whether nothing but the limits is in the way of a message that is accepted now.
+    fn may_leave_at_once(&self, chat: ChatNo, standing: Standing, now: Timestamp) -> bool {
+        self.may_transmit()
+            && self.orders.paused(now).is_none()
+            && self.outbox.is_idle(chat)
+            && !self.is_accepting_for(chat)
+            && (standing == Standing::Warm || self.room_for_new() > 0)
+    }
+
+    /// How long a send accepted now will probably wait; unknown when nobody can tell.
+    fn predicted_wait(
+        &self,
+        chat: ChatNo,
+        scheduled: Option<Timestamp>,
+        standing: Standing,
+        now: Timestamp,
+    ) -> Option<Duration> {
+        let at = self.outlook(Some(chat), standing, now).at?;
+        Some(at.max(scheduled.unwrap_or(now)).since(now))
+    }
+
+    /// The refusal, if its caller would rather not have it wait so long.
+    fn would_wait_too_long(
+        &self,
+        request: &SendRequest,
+        scheduled: Option<Timestamp>,
+        now: Timestamp,
+    ) -> Option<Reply> {
+        let max_wait = request.max_wait?;
+        let chat = request.chat.or_else(|| self.fresh_chat(&request.to));
+        let heard = chat.is_some_and(|chat| self.recent_heard.contains(&chat));
+        let standing = if heard { Standing::Warm } else { request.standing };
+        let outlook = self.outlook(chat, standing, now);
+        let wait = outlook.at.map(|at| at.since(scheduled.unwrap_or(now)));
+        let fits = wait.is_some_and(|wait| wait <= max_wait);
+        (!fits).then_some(Reply::WaitTooLong { wait, limiting: outlook.limiting })
     }
 
     pub(super) fn may_transmit(&self) -> bool {
@@ -149,52 +189,101 @@ impl Number {
 
     pub(super) fn pump_sends(&mut self, now: Timestamp, draft: &mut Draft) {
         self.send_wake = None;
-        if !self.may_transmit() || self.draining {
+        if !self.may_transmit() || self.draining || self.outbox.waiting() == 0 {
             return;
         }
-        let mut chosen = Vec::new();
-        let mut in_doubt = Vec::new();
-        let mut room = IN_FLIGHT_MAX.saturating_sub(self.outbox.in_flight());
+        if let Some(pause) = self.orders.paused(now) {
+            self.send_wake = pause.until;
+            return;
+        }
+        let free_at = self.limiter.free_at(now);
+        if free_at > now {
+            self.send_wake = Some(free_at);
+            return;
+        }
+        let chosen = self.choose(now);
+        if let Some(wake) = chosen.wake {
+            self.send_wake = earliest(self.send_wake, wake);
+        }
+        if !chosen.sends.is_empty() {
+            draft.changes.push(self.limiter_change());
+        }
+        for (seq, chat, grant) in chosen.sends {
+            draft.changes.extend(granted(chat, grant));
+            self.claim(seq, draft);
+        }
+        for seq in chosen.in_doubt {
+            self.end_doubt(seq, now, draft);
+        }
+    }
+
+    /// The people who never wrote and may be written to now, by the first row of each.
+    fn new_lane(&self, room: usize, now: Timestamp) -> Vec<MessageSeq> {
+        if room == 0 {
+            return Vec::new();
+        }
+        if self.limiter.new_recipients_left(now) != Some(0) {
+            return self.outbox.lane(Standing::New).take(LANE_LOOKED_AT).collect();
+        }
+        // Only those that count already; the others would all be refused.
+        let mut heads: Vec<_> = self.limiter.opened().filter_map(|chat| self.outbox.ready_in(chat)).collect();
+        heads.retain(|seq| self.outbox.row(*seq).is_some_and(|row| self.outbox.standing(row.chat) == Standing::New));
+        heads.sort_unstable();
+        heads
+    }
+
+    /// What goes now: replies first, and after a few of them one to somebody who never wrote.
+    fn choose(&mut self, now: Timestamp) -> Chosen {
+        let mut chosen = Chosen::default();
         let mut room_for_new = self.room_for_new();
-        let to = if room_for_new == 0 { Standing::Warm } else { Standing::New };
-        for row in self.outbox.ready(to) {
-            if room == 0 || in_doubt.len() >= super::timely::SETTLED_AT_ONCE_MAX {
-                break;
-            }
+        let room = IN_FLIGHT_MAX.saturating_sub(self.outbox.in_flight());
+        let new_lane = self.new_lane(room_for_new, now);
+        if new_lane.is_empty()
+            && room_for_new > 0
+            && self.outbox.waiting_of(Standing::New) > 0
+            && let Some(at) = self.limiter.opening_at(0, now).filter(|at| *at > now)
+        {
+            chosen.wake = Some(at);
+        }
+        let mut new = new_lane.into_iter().peekable();
+        let mut warm = self.outbox.lane(Standing::Warm).peekable();
+        while chosen.sends.len() < room && chosen.in_doubt.len() < super::timely::SETTLED_AT_ONCE_MAX {
+            let takes_turn = self.replies_in_a_row >= REPLIES_IN_A_ROW || warm.peek().is_none();
+            let is_new = takes_turn && room_for_new > 0 && new.peek().is_some();
+            let Some(seq) = (if is_new { new.next() } else { warm.next() }) else { break };
+            let Some(row) = self.outbox.row(seq) else { continue };
             // Online: what receipts could prove, they have proved.
             let not_again = row.is_doubtful() && self.sending.on_unknown == OnUnknown::Fail;
             if not_again || row.deadline() <= now {
-                in_doubt.push(row.seq);
+                chosen.in_doubt.push(seq);
                 continue;
             }
             if row.not_before > now {
-                self.send_wake = earliest(self.send_wake, row.not_before);
+                chosen.wake = earliest(chosen.wake, row.not_before);
                 continue;
             }
-            let is_new = self.outbox.standing(row.chat) == Standing::New;
-            if is_new && room_for_new == 0 {
-                continue;
-            }
-            match self.limiter.try_take(row.chat, now) {
-                Ok(()) => {
-                    chosen.push(row.seq);
-                    room -= 1;
+            let standing = if is_new { Standing::New } else { Standing::Warm };
+            match self.limiter.try_take(row.chat, standing, now) {
+                Ok(grant) => {
+                    chosen.sends.push((seq, row.chat, grant));
                     room_for_new -= usize::from(is_new);
+                    self.replies_in_a_row = if is_new { 0 } else { self.replies_in_a_row + 1 };
                 }
                 Err(refused) => {
-                    self.send_wake = earliest(self.send_wake, refused.at);
-                    if refused.layer == LimitLayer::NumberRate {
-                        break;
+                    chosen.wake = earliest(chosen.wake, refused.at);
+                    match refused.layer {
+                        LimitLayer::NumberRate => break,
+                        LimitLayer::PairRate => {}
+                        LimitLayer::NewRecipients => {
+                            let mut counted = self.new_lane(room_for_new, now);
+                            counted.retain(|seq| chosen.sends.iter().all(|(other, ..)| other != seq));
+                            new = counted.into_iter().peekable();
+                        }
                     }
                 }
             }
         }
-        for seq in chosen {
-            self.claim(seq, draft);
-        }
-        for seq in in_doubt {
-            self.end_doubt(seq, now, draft);
-        }
+        chosen
     }
 
     fn claim(&mut self, seq: MessageSeq, draft: &mut Draft) {
@@ -384,6 +473,12 @@ impl<'a> Subject<'a> {
             correlation_id: row.correlation_id.as_deref(),
         }
     }
+}
+
+/// What a grant changed, to be written with its attempt.
+fn granted(chat: ChatNo, grant: Grant) -> impl Iterator<Item = Change> {
+    let forgotten = grant.forgotten.into_iter().map(Change::ChatPaceGone);
+    forgotten.chain([Change::ChatPace(chat, grant.chat)])
 }
 
 fn earliest(one: Option<Timestamp>, other: Timestamp) -> Option<Timestamp> {

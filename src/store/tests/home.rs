@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::domain::id::{NumberId, TenantId};
+use crate::domain::orders::SendingOrders;
 use crate::domain::phone::Phone;
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
@@ -60,6 +61,7 @@ pub(super) fn record(id: u64) -> NumberRecord {
         created_at: Timestamp(1),
         retention: Retention::default(),
         proxy: None,
+        orders: SendingOrders::default(),
     }
 }
 

@@ -47,6 +47,7 @@ impl Home {
             created_at: Timestamp(1),
             retention: crate::domain::retention::Retention::default(),
             proxy: None,
+            orders: crate::domain::orders::SendingOrders::default(),
         };
         store.meta().create_number(record, Vec::new()).await.unwrap();
         let number = store.claim(NumberId(1), 0).await.unwrap();
