@@ -136,7 +136,10 @@ fn describe() {
     );
     describe_gauge!(PROXIES_DOWN, "Proxies of numbers that are taken to be down");
     describe_gauge!(PROXY_WAITING, "Numbers that wait for their proxy to work again");
-    describe_gauge!(CLIENT_VERSION_FOUND, "When the version was last looked up with success: alert on 30 days of age");
+    describe_gauge!(
+        CLIENT_VERSION_FOUND,
+        "When the version was last looked up with success, 0 if never: alert on 30 days of age"
+    );
     describe_counter!(CONNECTIONS_CLOSED_TOTAL, "Connections that ended, by reason");
     describe_counter!(RESTARTS_TOTAL, "Actors restarted after a crash, by cause");
     describe_counter!(QUARANTINES_TOTAL, "Numbers that crashed too often");
@@ -301,7 +304,7 @@ pub fn client_version_source(source: &'static str, is_present: bool) {
     gauge!(CLIENT_VERSION_SOURCE, "source" => source).set(f64::from(u8::from(is_present)));
 }
 
-/// When the version of WhatsApp Web was last looked up with success, in seconds since 1970.
+/// When the version of WhatsApp Web was last looked up with success, in seconds since 1970; 0: never.
 pub fn client_version_found(at: u64) {
     gauge!(CLIENT_VERSION_FOUND).set(at as f64);
 }

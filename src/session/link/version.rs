@@ -179,9 +179,7 @@ impl ClientVersions {
             let is_present = card.in_force.is_some_and(|(_, present)| present == source);
             metrics::client_version_source(source.name(), is_present);
         }
-        if let Some(found) = card.found {
-            metrics::client_version_found(found.at.as_secs());
-        }
+        metrics::client_version_found(card.found.map_or(0, |found| found.at.as_secs()));
     }
 }
 
