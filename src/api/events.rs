@@ -263,6 +263,8 @@ fn text_of(event: &Event) -> usize {
         | EventBody::NumberCreated
         | EventBody::NumberConnected
         | EventBody::NumberDisconnected { .. }
+        | EventBody::NumberDegraded { .. }
+        | EventBody::NumberRecovered
         | EventBody::WebhookDisabled { .. }
         | EventBody::Erased(_) => 0,
     }

@@ -131,7 +131,7 @@ impl Progress {
             return Some(PairingStep::Paired(phone.clone()));
         }
         match (&view.pairing, view.state) {
-            (_, State::Online) => {
+            (_, State::Online | State::Degraded) => {
                 self.over = true;
                 Some(PairingStep::Online)
             }
@@ -153,12 +153,23 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::lifecycle::Attention;
     use crate::domain::limiter::NewChats;
 
     fn view(state: State, pairing: Pairing, linked: bool) -> NumberView {
         let (since, reason) = (Timestamp(1), String::new());
-        let (next_attempt, new_chats) = (None, NewChats::Allowed);
-        NumberView { state, next_attempt, since, reason, desired: Desired::Running, linked, pairing, new_chats }
+        NumberView {
+            state,
+            next_attempt: None,
+            since,
+            reason,
+            desired: Desired::Running,
+            linked,
+            pairing,
+            new_chats: NewChats::Allowed,
+            last_error: None,
+            attention: Attention::None,
+        }
     }
 
     fn code(text: &str) -> Pairing {

@@ -24,6 +24,11 @@ pub enum CloseReason {
     ProxyRefused,
     /// The number's proxy refuses user and password, or wants some.
     ProxyLoginRefused,
+    /// WhatsApp's edge answered the WebSocket upgrade with an HTTP status.
+    UpgradeRefused {
+        /// The status.
+        status: u16,
+    },
     /// The Noise handshake brought no answer in time.
     HandshakeSilent,
     /// The certificate chain or a seal in the handshake was wrong: somebody is in between, or the root changed.
@@ -60,6 +65,13 @@ pub enum CloseReason {
         /// WhatsApp's code; 0 when it gave none.
         code: u16,
     },
+    /// The server ended the stream with an error nobody knows.
+    StreamError {
+        /// WhatsApp's code; 0 when it gave none.
+        code: u16,
+    },
+    /// The server recycles the stream until it gets the ack of a stanza it sent.
+    AckOwed,
     /// The server could not parse what we sent.
     NotWellFormed,
     /// All QR codes were shown and none was scanned, or the pairing was given up.
@@ -97,6 +109,7 @@ impl CloseReason {
             Self::ProxyUnreachable => "PROXY_UNREACHABLE",
             Self::ProxyRefused => "PROXY_REFUSED",
             Self::ProxyLoginRefused => "PROXY_AUTH_FAILED",
+            Self::UpgradeRefused { .. } => "UPGRADE_REFUSED",
             Self::HandshakeSilent => "HANDSHAKE_SILENT",
             Self::HandshakeRefused => "HANDSHAKE_REFUSED",
             Self::LoggedOut { .. } => "LOGGED_OUT",
@@ -108,11 +121,47 @@ impl CloseReason {
             Self::RateLimited => "RATE_LIMITED",
             Self::ServerError { .. } => "SERVER_ERROR",
             Self::Refused { .. } => "REFUSED",
+            Self::StreamError { .. } => "STREAM_ERROR",
+            Self::AckOwed => "ACK_OWED",
             Self::NotWellFormed => "NOT_WELL_FORMED",
             Self::PairingEnded => "PAIRING_ENDED",
             Self::PairingRefused { .. } => "PAIRING_REFUSED",
             Self::StoreFailed => "STORE_FAILED",
             Self::Crashed => "SESSION_CRASHED",
+        }
+    }
+
+    /// WhatsApp's own number for it, if it gave one.
+    #[must_use]
+    pub const fn detail(&self) -> Option<u16> {
+        match self {
+            Self::LoggedOut { code }
+            | Self::TemporarilyBanned { code, .. }
+            | Self::ServerError { code }
+            | Self::Refused { code }
+            | Self::StreamError { code }
+            | Self::UpgradeRefused { status: code } => Some(*code),
+            Self::Locked => Some(403),
+            Self::Banned => Some(406),
+            Self::ClientOutdated => Some(405),
+            Self::RateLimited => Some(429),
+            Self::Requested
+            | Self::Recycled
+            | Self::ConnectionLost
+            | Self::Unresponsive
+            | Self::Unreachable
+            | Self::ProxyUnreachable
+            | Self::ProxyRefused
+            | Self::ProxyLoginRefused
+            | Self::HandshakeSilent
+            | Self::HandshakeRefused
+            | Self::Replaced
+            | Self::AckOwed
+            | Self::NotWellFormed
+            | Self::PairingEnded
+            | Self::PairingRefused { .. }
+            | Self::StoreFailed
+            | Self::Crashed => None,
         }
     }
 }

@@ -28,13 +28,17 @@ pub enum EventKind {
     NumberConnected,
     /// `number.disconnected`: no longer online; the reason says whether it comes back by itself.
     NumberDisconnected,
+    /// `number.health_degraded`: connected, and something is wrong; the reason says what.
+    NumberDegraded,
+    /// `number.recovered`: it no longer is.
+    NumberRecovered,
     /// `webhook.disabled`: one of the number's webhooks was stopped by us; told to the others and to streams.
     WebhookDisabled,
 }
 
 impl EventKind {
     /// Every kind, in the order of the documentation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::MessageSent,
         Self::MessageDelivered,
         Self::MessageRead,
@@ -43,6 +47,8 @@ impl EventKind {
         Self::NumberCreated,
         Self::NumberConnected,
         Self::NumberDisconnected,
+        Self::NumberDegraded,
+        Self::NumberRecovered,
         Self::WebhookDisabled,
     ];
 
@@ -58,6 +64,8 @@ impl EventKind {
             Self::NumberCreated => "number.created",
             Self::NumberConnected => "number.connected",
             Self::NumberDisconnected => "number.disconnected",
+            Self::NumberDegraded => "number.health_degraded",
+            Self::NumberRecovered => "number.recovered",
             Self::WebhookDisabled => "webhook.disabled",
         }
     }
@@ -137,6 +145,8 @@ impl Event {
             EventBody::NumberCreated => EventKind::NumberCreated,
             EventBody::NumberConnected => EventKind::NumberConnected,
             EventBody::NumberDisconnected { .. } => EventKind::NumberDisconnected,
+            EventBody::NumberDegraded { .. } => EventKind::NumberDegraded,
+            EventBody::NumberRecovered => EventKind::NumberRecovered,
             EventBody::WebhookDisabled { .. } => EventKind::WebhookDisabled,
             EventBody::Erased(kind) => *kind,
         }
@@ -157,6 +167,8 @@ impl Event {
             EventBody::NumberCreated
             | EventBody::NumberConnected
             | EventBody::NumberDisconnected { .. }
+            | EventBody::NumberDegraded { .. }
+            | EventBody::NumberRecovered
             | EventBody::WebhookDisabled { .. }
             | EventBody::Erased(_) => None,
         }
@@ -181,6 +193,13 @@ pub enum EventBody {
         /// Whether the daemon connects again by itself.
         reconnecting: bool,
     },
+    /// The number is online, and something is wrong.
+    NumberDegraded {
+        /// Stable code of what is, for instance `PREKEYS_MISSING`.
+        reason: String,
+    },
+    /// It no longer is.
+    NumberRecovered,
     /// One of the number's webhooks was stopped.
     WebhookDisabled {
         /// Which.

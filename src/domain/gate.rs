@@ -83,6 +83,9 @@ impl Outcome {
             | CloseReason::RateLimited
             | CloseReason::ServerError { .. }
             | CloseReason::Refused { .. }
+            | CloseReason::UpgradeRefused { .. }
+            | CloseReason::StreamError { .. }
+            | CloseReason::AckOwed
             | CloseReason::NotWellFormed => Self::Failed,
             // Proxies have breakers of their own.
             CloseReason::ProxyUnreachable

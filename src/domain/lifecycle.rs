@@ -7,11 +7,16 @@ use serde::{Deserialize, Serialize};
 
 use super::close::CloseReason;
 use super::time::Timestamp;
+use super::trouble::Trouble;
 
 /// Online this long, with an answered ping, before the backoff starts over.
 pub const STABLE_AFTER: Duration = Duration::from_secs(60);
 /// A recycled stream reconnects at once, but not more often than this.
 const IMMEDIATE_RECONNECT_EVERY: Duration = Duration::from_secs(60);
+/// Longest wait after the end of a ban.
+const BAN_JITTER: Duration = Duration::from_secs(60);
+/// Pause when WhatsApp's edge refuses the connection by HTTP status.
+const EDGE_PAUSE: Duration = Duration::from_secs(15 * 60);
 /// A temporary ban without an end.
 const BAN_DEFAULT: Duration = Duration::from_secs(24 * 3600);
 /// First pause after a 429; doubles each time.
@@ -22,6 +27,8 @@ const RATE_LIMIT_PAUSE_MAX: Duration = Duration::from_secs(7200);
 const REFUSED_PAUSE: Duration = Duration::from_secs(6 * 3600);
 /// Failures of one kind in a row that turn backing off into parking.
 const SUSPICIOUS_FAILURES: u32 = 3;
+/// Failures of one kind in a row after which an operator should look, although it is tried again.
+const ALIKE_ALERT: u32 = 10;
 
 /// Where a number stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +48,8 @@ pub enum State {
     Connecting,
     /// Logged in and drained.
     Online,
+    /// As `Online`, and something is wrong; the reason says what.
+    Degraded,
     /// Not connecting before `until`: WhatsApp or prudence said so.
     Parked {
         /// Earliest next try.
@@ -67,6 +76,7 @@ impl State {
             Self::AwaitingGate => "AWAITING_GATE",
             Self::Connecting => "CONNECTING",
             Self::Online => "ONLINE",
+            Self::Degraded => "DEGRADED",
             Self::Parked { .. } => "PARKED",
             Self::Replaced => "REPLACED",
             Self::LoggedOut => "LOGGED_OUT",
@@ -75,7 +85,7 @@ impl State {
         }
     }
 
-    /// Numeric code for the `state` metric and the wire; stable. 7 is kept for a degraded connection.
+    /// Numeric code for the `state` metric and the wire; stable.
     #[must_use]
     pub const fn code(self) -> u8 {
         match self {
@@ -85,12 +95,19 @@ impl State {
             Self::AwaitingGate => 4,
             Self::Connecting => 5,
             Self::Online => 6,
+            Self::Degraded => 7,
             Self::Parked { .. } => 8,
             Self::Replaced => 9,
             Self::LoggedOut => 10,
             Self::Stopped => 11,
             Self::Quarantined => 12,
         }
+    }
+
+    /// Whether there is a connection over which messages go.
+    #[must_use]
+    pub const fn is_connected(self) -> bool {
+        matches!(self, Self::Online | Self::Degraded)
     }
 
     /// When it changes by itself, if it does.
@@ -104,6 +121,7 @@ impl State {
             | Self::AwaitingGate
             | Self::Connecting
             | Self::Online
+            | Self::Degraded
             | Self::Replaced
             | Self::LoggedOut
             | Self::Stopped
@@ -157,6 +175,10 @@ pub enum Input {
     Online,
     /// The server answered something.
     Alive,
+    /// Something is wrong with the connection.
+    Troubled(Trouble),
+    /// It no longer is.
+    Relieved(Trouble),
     /// The connection ended; `backoff` is the wait the calculator proposes.
     Closed {
         /// Why.
@@ -200,6 +222,40 @@ const ECHO_PAUSE: Duration = Duration::from_secs(5);
 /// A replacement is taken for our own echo once in this time.
 const ECHO_EVERY: Duration = Duration::from_secs(3600);
 
+/// A connection that ended other than as wanted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastError {
+    /// Why: the code of its [`CloseReason`].
+    pub code: String,
+    /// WhatsApp's number for it, if it gave one.
+    pub detail: Option<u16>,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// Who must act before a number works as it should.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// Nobody: it is well, or heals by itself.
+    None,
+    /// Its owner: it must be linked, or the account needs them.
+    Owner,
+    /// The operator: something is refused that waiting seldom heals.
+    Operator,
+}
+
+impl Attention {
+    /// Stable name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "NONE",
+            Self::Owner => "OWNER",
+            Self::Operator => "OPERATOR",
+        }
+    }
+}
+
 /// The life of one number.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Life {
@@ -213,7 +269,14 @@ pub struct Life {
     pub desired: Desired,
     /// Whether credentials are stored.
     pub linked: bool,
-    failures: u32,
+    /// What is wrong with the present connection.
+    #[serde(default)]
+    troubles: Vec<Trouble>,
+    /// The last connection that ended other than as wanted.
+    #[serde(default)]
+    pub last_error: Option<LastError>,
+    #[serde(default)]
+    alike: u32,
     rate_limits: u32,
     last_immediate: Option<Timestamp>,
     /// Until when the server may still come to a log-in of ours whose socket is gone.
@@ -237,7 +300,9 @@ impl Life {
             reason: String::new(),
             desired: Desired::Running,
             linked: false,
-            failures: 0,
+            troubles: Vec::new(),
+            last_error: None,
+            alike: 0,
             rate_limits: 0,
             last_immediate: None,
             echo_until: None,
@@ -261,14 +326,12 @@ impl Life {
         let state = match self.state {
             State::Linking if self.linked => State::Offline { retry_at: now },
             State::Linking => State::Unlinked,
-            State::Offline { .. } | State::AwaitingGate | State::Connecting | State::Online | State::Quarantined
-                if !self.linked =>
-            {
-                State::Unlinked
-            }
-            State::Offline { .. } | State::AwaitingGate | State::Connecting | State::Online | State::Quarantined => {
-                State::Offline { retry_at: now }
-            }
+            State::Offline { .. }
+            | State::AwaitingGate
+            | State::Connecting
+            | State::Online
+            | State::Degraded
+            | State::Quarantined => self.resting_state(now),
             kept @ (State::Unlinked | State::Parked { .. } | State::Replaced | State::LoggedOut | State::Stopped) => {
                 kept
             }
@@ -279,6 +342,7 @@ impl Life {
             self.enter(state, now);
         }
         self.stable = false;
+        self.troubles.clear();
         self
     }
 
@@ -292,7 +356,7 @@ impl Life {
 
     fn has_session(&self) -> bool {
         match self.state {
-            State::Connecting | State::Online => true,
+            State::Connecting | State::Online | State::Degraded => true,
             State::Linking => self.linking == LinkingStep::Opened,
             State::Unlinked
             | State::Offline { .. }
@@ -319,6 +383,8 @@ impl Life {
             }
             Input::Online => self.online(now),
             Input::Alive => self.alive(now),
+            Input::Troubled(trouble) => self.troubled(trouble, now),
+            Input::Relieved(trouble) => self.relieved(trouble, now),
             Input::Closed { reason, backoff } => self.closed(&reason, backoff, now),
             Input::WayClosed { until } => self.way_closed(until, now),
             Input::WayOpen => self.way_open(now),
@@ -339,6 +405,7 @@ impl Life {
             | State::Offline { .. }
             | State::Connecting
             | State::Online
+            | State::Degraded
             | State::Parked { .. }
             | State::Replaced
             | State::LoggedOut
@@ -359,6 +426,7 @@ impl Life {
             | State::AwaitingGate
             | State::Connecting
             | State::Online
+            | State::Degraded
             | State::Parked { .. }
             | State::Replaced
             | State::LoggedOut
@@ -384,6 +452,7 @@ impl Life {
             | State::AwaitingGate
             | State::Connecting
             | State::Online
+            | State::Degraded
             | State::LoggedOut => Vec::new(),
         }
     }
@@ -414,6 +483,7 @@ impl Life {
             | State::AwaitingGate
             | State::Connecting
             | State::Online
+            | State::Degraded
             | State::Parked { .. }
             | State::Replaced
             | State::Stopped
@@ -437,6 +507,7 @@ impl Life {
             | State::Offline { .. }
             | State::Connecting
             | State::Online
+            | State::Degraded
             | State::Parked { .. }
             | State::Replaced
             | State::LoggedOut
@@ -464,14 +535,61 @@ impl Life {
             | State::LoggedOut
             | State::Stopped
             | State::Quarantined => vec![Effect::Close],
-            State::Online => Vec::new(),
+            State::Online | State::Degraded => Vec::new(),
+        }
+    }
+
+    fn troubled(&mut self, trouble: Trouble, now: Timestamp) -> Vec<Effect> {
+        if self.state.is_connected() {
+            if let Err(place) = self.troubles.binary_search(&trouble) {
+                self.troubles.insert(place, trouble);
+            }
+            self.name_trouble(now);
+        }
+        Vec::new()
+    }
+
+    fn relieved(&mut self, trouble: Trouble, now: Timestamp) -> Vec<Effect> {
+        if self.state.is_connected() {
+            self.troubles.retain(|known| *known != trouble);
+            self.name_trouble(now);
+        }
+        Vec::new()
+    }
+
+    fn name_trouble(&mut self, now: Timestamp) {
+        let (state, reason) = match self.troubles.first() {
+            Some(first) => (State::Degraded, first.code()),
+            None => (State::Online, ""),
+        };
+        reason.clone_into(&mut self.reason);
+        self.enter(state, now);
+    }
+
+    /// Who must act.
+    #[must_use]
+    pub fn attention(&self) -> Attention {
+        match self.state {
+            State::Unlinked | State::LoggedOut => Attention::Owner,
+            State::Parked { .. } if self.reason == "TEMPORARILY_BANNED" => Attention::Owner,
+            State::Parked { .. } if self.reason == "RATE_LIMITED" => Attention::None,
+            State::Parked { .. } | State::Degraded | State::Replaced | State::Quarantined => Attention::Operator,
+            State::Offline { .. } | State::AwaitingGate | State::Connecting if self.alike >= ALIKE_ALERT => {
+                Attention::Operator
+            }
+            State::Linking
+            | State::Offline { .. }
+            | State::AwaitingGate
+            | State::Connecting
+            | State::Online
+            | State::Stopped => Attention::None,
         }
     }
 
     fn alive(&mut self, now: Timestamp) -> Vec<Effect> {
-        if self.state == State::Online && !self.stable && now.since(self.since) >= STABLE_AFTER {
+        if self.state.is_connected() && !self.stable && now.since(self.since) >= STABLE_AFTER {
             self.stable = true;
-            self.failures = 0;
+            self.alike = 0;
             self.rate_limits = 0;
             return vec![Effect::ResetBackoff];
         }
@@ -490,6 +608,7 @@ impl Life {
             | State::AwaitingGate
             | State::Connecting
             | State::Online
+            | State::Degraded
             | State::Parked { .. }
             | State::Replaced
             | State::LoggedOut
@@ -504,7 +623,9 @@ impl Life {
             return Vec::new();
         }
         let pairing = self.state == State::Linking && !self.linked;
+        self.count(reason, now);
         let verdict = self.verdict(reason, backoff, now);
+        self.troubles.clear();
         reason.code().clone_into(&mut self.reason);
         if let CloseReason::PairingRefused { code } = reason {
             self.reason.clone_from(code);
@@ -532,11 +653,20 @@ impl Life {
         !recent && self.echo_until.is_some_and(|until| now <= until)
     }
 
+    /// Counts endings of one kind in a row. Those that are wanted or routine neither count nor end such a row.
+    fn count(&mut self, reason: &CloseReason, now: Timestamp) {
+        if matches!(reason, CloseReason::Requested | CloseReason::Recycled) {
+            return;
+        }
+        let same = self.last_error.as_ref().is_some_and(|last| last.code == reason.code());
+        self.alike = if same { self.alike.saturating_add(1) } else { 1 };
+        self.last_error = Some(LastError { code: reason.code().to_owned(), detail: reason.detail(), at: now });
+    }
+
     /// The verdict for each reason; sources: whatsmeow's and whatsapp-rust's handling of the same codes.
     fn verdict(&mut self, reason: &CloseReason, backoff: Duration, now: Timestamp) -> State {
-        self.failures = self.failures.saturating_add(1);
         let back_off = State::Offline { retry_at: now.after(backoff) };
-        let suspicious = self.failures >= SUSPICIOUS_FAILURES;
+        let suspicious = self.alike >= SUSPICIOUS_FAILURES;
         if reason.leaves_the_server_behind() {
             self.echo_until = Some(now.after(ECHO_WINDOW));
         }
@@ -556,6 +686,8 @@ impl Life {
             | CloseReason::ProxyUnreachable
             | CloseReason::ProxyRefused
             | CloseReason::ProxyLoginRefused
+            | CloseReason::AckOwed
+            | CloseReason::StreamError { .. }
             | CloseReason::HandshakeSilent
             | CloseReason::ServerError { .. }
             | CloseReason::StoreFailed
@@ -567,10 +699,13 @@ impl Life {
                     back_off
                 }
             }
+            CloseReason::UpgradeRefused { status: 403 | 429 } => State::Parked { until: now.after(EDGE_PAUSE) },
+            CloseReason::UpgradeRefused { .. } => back_off,
             CloseReason::Refused { .. } => State::Parked { until: now.after(REFUSED_PAUSE) },
             CloseReason::LoggedOut { .. } | CloseReason::Locked | CloseReason::Banned => State::LoggedOut,
             CloseReason::TemporarilyBanned { until, .. } => {
-                State::Parked { until: until.unwrap_or(now.after(BAN_DEFAULT)).max(now) }
+                // A little later than it ends, and not everybody at the same moment.
+                State::Parked { until: until.unwrap_or(now.after(BAN_DEFAULT)).max(now).after(backoff.min(BAN_JITTER)) }
             }
             CloseReason::Replaced if self.is_echo(now) => {
                 self.last_echo = Some(now);
@@ -601,6 +736,23 @@ mod tests {
     use proptest::prelude::*;
 
     const NOW: Timestamp = Timestamp(1_000_000_000);
+    /// A dash: the state stays. The last row is linking with a session; the first, linking that waits for its turn.
+    const TABLE: &str = "
+             |Start|Stop|Pair|Granted|Paired|Online|Alive|Troubled|Relieved|Closed: connection lost|Tick
+unlinked     | - | stopped | linking+ask | -+leave | - | -+close | - | - | - | - | -
+linking      | - | stopped+leave | - | -+pair | - | -+close | - | - | - | - | -
+offline      | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | awaiting_gate+ask
+awaiting_gate| - | stopped+leave | - | connecting+connect | - | -+close | - | - | - | - | -
+connecting   | - | -+leave+close | - | -+leave | - | online | - | - | - | offline | -
+online       | - | -+leave+close | - | -+leave | - | - | - | degraded | - | offline | -
+degraded     | - | -+leave+close | - | -+leave | - | - | - | - | online | offline | -
+parked       | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | awaiting_gate+ask
+replaced     | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | -
+logged_out   | - | - | linking+ask | -+leave | - | -+close | - | - | - | - | -
+stopped      | awaiting_gate+ask | - | - | -+leave | - | -+close | - | - | - | - | -
+quarantined  | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | -
+linking      | - | -+leave+close | - | -+leave | - | online | - | - | - | unlinked | -
+";
     const BACKOFF: Duration = Duration::from_secs(7);
 
     fn online() -> Life {
@@ -635,8 +787,11 @@ mod tests {
             (CloseReason::LoggedOut { code: 401 }, State::LoggedOut),
             (CloseReason::Locked, State::LoggedOut),
             (CloseReason::Banned, State::LoggedOut),
-            (CloseReason::TemporarilyBanned { code: 101, until: Some(until) }, State::Parked { until }),
-            (CloseReason::TemporarilyBanned { code: 101, until: None }, parked(BAN_DEFAULT)),
+            (
+                CloseReason::TemporarilyBanned { code: 101, until: Some(until) },
+                State::Parked { until: until.after(BACKOFF) },
+            ),
+            (CloseReason::TemporarilyBanned { code: 101, until: None }, parked(BAN_DEFAULT + BACKOFF)),
             (CloseReason::Replaced, State::Replaced),
             // Every number meets it at once and none can heal it: they wait together, at the gate, for the one canary
             // that tries the next version. Parked for an hour each, they would be down for an hour after it was healed.
@@ -645,6 +800,14 @@ mod tests {
             (CloseReason::ServerError { code: 503 }, back_off),
             (CloseReason::Refused { code: 400 }, back_off),
             (CloseReason::Refused { code: 415 }, parked(REFUSED_PAUSE)),
+            (CloseReason::Refused { code: 501 }, parked(REFUSED_PAUSE)),
+            (CloseReason::Refused { code: 0 }, back_off),
+            (CloseReason::UpgradeRefused { status: 403 }, parked(EDGE_PAUSE)),
+            (CloseReason::UpgradeRefused { status: 429 }, parked(EDGE_PAUSE)),
+            (CloseReason::UpgradeRefused { status: 502 }, back_off),
+            (CloseReason::AckOwed, back_off),
+            (CloseReason::StreamError { code: 777 }, back_off),
+            (CloseReason::ServerError { code: 500 }, back_off),
             (CloseReason::NotWellFormed, back_off),
             (CloseReason::StoreFailed, back_off),
             (CloseReason::Crashed, back_off),
@@ -742,6 +905,75 @@ mod tests {
         let before = life.clone();
         assert_eq!(life.step(Input::Closed { reason: CloseReason::Recycled, backoff: BACKOFF }, NOW), Vec::new());
         assert_eq!(life, before);
+    }
+
+    const STATES: [State; 13] = [
+        State::Unlinked,
+        State::Linking,
+        State::Offline { retry_at: NOW },
+        State::AwaitingGate,
+        State::Connecting,
+        State::Online,
+        State::Degraded,
+        State::Parked { until: NOW },
+        State::Replaced,
+        State::LoggedOut,
+        State::Stopped,
+        State::Quarantined,
+        // Its codes are shown: a session is open.
+        State::Linking,
+    ];
+
+    fn row(index: usize, state: State) -> String {
+        let inputs = [
+            Input::Start,
+            Input::Stop,
+            Input::Pair,
+            Input::Granted,
+            Input::Paired,
+            Input::Online,
+            Input::Alive,
+            Input::Troubled(Trouble::PrekeysMissing),
+            Input::Relieved(Trouble::PrekeysMissing),
+            Input::Closed { reason: CloseReason::ConnectionLost, backoff: BACKOFF },
+            Input::WayClosed { until: NOW.after(BACKOFF) },
+            Input::WayOpen,
+            Input::Tick,
+        ];
+        let mut row = format!("{:13}", state.name().to_lowercase());
+        for input in inputs {
+            let mut life = Life::new(NOW);
+            life.linked = !matches!(state, State::Unlinked | State::Linking);
+            life.state = state;
+            if state == State::Degraded {
+                life.troubles.push(Trouble::PrekeysMissing);
+            }
+            if index == STATES.len() - 1 {
+                life.linking = LinkingStep::Opened;
+            }
+            let effects: String = life
+                .step(input, NOW)
+                .iter()
+                .map(|effect| match effect {
+                    Effect::AskGate => "+ask",
+                    Effect::LeaveGate => "+leave",
+                    Effect::Open(Purpose::Pair) => "+pair",
+                    Effect::Open(Purpose::Connect) => "+connect",
+                    Effect::Close => "+close",
+                    Effect::ResetBackoff => "+reset",
+                })
+                .collect();
+            let name = if life.state == state { "-".to_owned() } else { life.state.name().to_lowercase() };
+            row.push_str(&format!("| {name}{effects} "));
+        }
+        row.trim_end().to_owned()
+    }
+
+    #[test]
+    fn every_state_answers_every_input() {
+        let rows: Vec<_> = STATES.iter().enumerate().map(|(index, state)| row(index, *state)).collect();
+        let (_head, table) = TABLE.trim().split_once('\n').unwrap();
+        assert_eq!(rows.join("\n"), table, "\n{}", rows.join("\n"));
     }
 
     fn inputs() -> impl Strategy<Value = Input> {

@@ -23,5 +23,6 @@ pub mod proxy;
 pub mod restart;
 pub mod retention;
 pub mod time;
+pub mod trouble;
 pub mod version;
 pub mod webhook;

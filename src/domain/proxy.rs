@@ -230,6 +230,9 @@ impl Way {
             | CloseReason::RateLimited
             | CloseReason::ServerError { .. }
             | CloseReason::Refused { .. }
+            | CloseReason::UpgradeRefused { .. }
+            | CloseReason::StreamError { .. }
+            | CloseReason::AckOwed
             | CloseReason::NotWellFormed
             | CloseReason::PairingRefused { .. } => Self::Works,
         }

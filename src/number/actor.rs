@@ -399,6 +399,8 @@ impl NumberState {
                 self.attempt_ended(Outcome::Online, Way::Works);
                 self.step(Input::Life(lifecycle::Input::Online), myself);
             }
+            FromSession::Troubled(trouble) => self.step(Input::Life(lifecycle::Input::Troubled(trouble)), myself),
+            FromSession::Relieved(trouble) => self.step(Input::Life(lifecycle::Input::Relieved(trouble)), myself),
             FromSession::Alive => self.step(Input::Life(lifecycle::Input::Alive), myself),
             FromSession::Written => {}
             FromSession::NotWritten { seq, error } => {
@@ -543,7 +545,8 @@ impl NumberState {
         self.handle.show_backlogs(number.deliveries().backlogs());
         stats.set_capacity(number.basis(self.handle.is_capacity_watched(), now));
         let life = number.life();
-        stats.set_state(life.state.code(), life.state == lifecycle::State::Online);
+        stats.set_state(life.state.code(), life.state.is_connected());
+        stats.set_attention(life.attention());
         stats.set_desired_up(life.desired == lifecycle::Desired::Running && life.linked);
         let new_chats = number.new_chats();
         let held = match new_chats {
@@ -567,6 +570,8 @@ impl NumberState {
             view.desired = life.desired;
             view.linked = life.linked;
             view.new_chats = new_chats;
+            view.last_error.clone_from(&life.last_error);
+            view.attention = life.attention();
         });
     }
 

@@ -15,7 +15,7 @@ use super::message::{
 use crate::domain::delivery::Backlog;
 use crate::domain::endpoint::Endpoint;
 use crate::domain::id::{EventSeq, MessageSeq, NumberId, TenantId};
-use crate::domain::lifecycle::{Desired, Life, State};
+use crate::domain::lifecycle::{Attention, Desired, LastError, Life, State};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::{Content, Direction};
 use crate::domain::number::{CancelOutcome, CancelTarget, EndpointOrder, SendRequest};
@@ -58,6 +58,10 @@ pub struct NumberView {
     pub pairing: Pairing,
     /// Whether it may write to people who never wrote to it.
     pub new_chats: NewChats,
+    /// The last connection that ended other than as wanted.
+    pub last_error: Option<LastError>,
+    /// Who must act.
+    pub attention: Attention,
 }
 
 /// Where linking stands.
@@ -173,6 +177,8 @@ impl NumberHandle {
             linked: false,
             pairing: Pairing::Idle,
             new_chats: NewChats::Allowed,
+            last_error: None,
+            attention: Attention::None,
         };
         Self {
             id,
@@ -239,6 +245,8 @@ impl NumberHandle {
             && view.reason == life.reason
             && view.desired == life.desired
             && view.linked == life.linked
+            && view.last_error == life.last_error
+            && view.attention == life.attention()
     }
 
     /// How an endpoint's queue stands; unknown until the number has started.

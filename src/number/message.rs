@@ -18,6 +18,7 @@ use crate::domain::orders::SendingOrders;
 use crate::domain::proxy::ProxyAddress;
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::Trouble;
 use crate::session::contract::{SendError, SessionCommand};
 use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
@@ -188,6 +189,8 @@ pub(super) enum FromSession {
     Paired,
     Online,
     Alive,
+    Troubled(Trouble),
+    Relieved(Trouble),
     Written,
     NotWritten { seq: MessageSeq, error: SendError },
     Acked { whatsapp_id: String, error: Option<u16> },

@@ -107,6 +107,8 @@ impl SessionPump {
             SessionEvent::Paired { .. } => FromSession::Paired,
             SessionEvent::Online => FromSession::Online,
             SessionEvent::Alive => FromSession::Alive,
+            SessionEvent::Troubled(trouble) => FromSession::Troubled(trouble),
+            SessionEvent::Relieved(trouble) => FromSession::Relieved(trouble),
             SessionEvent::Written { .. } => FromSession::Written,
             SessionEvent::NotWritten { seq, error } => FromSession::NotWritten { seq, error },
             SessionEvent::Acked { whatsapp_id, error } => FromSession::Acked { whatsapp_id, error },

@@ -37,6 +37,7 @@ pub fn router(world: Arc<World>) -> Router {
         .route("/admin/fault", post(fault))
         .route("/admin/kick", post(kick))
         .route("/admin/provision", post(provision))
+        .route("/admin/drain-prekeys", post(drain_prekeys))
         .route("/admin/mock-phone/scan-qr", post(scan_qr))
         .route("/admin/mock-phone/pair-code", post(enter_code))
         .route("/admin/mock-phone/send", post(send))
@@ -139,16 +140,27 @@ async fn kick(State(world): Shared, Query(query): Query<Kick>) -> Answer {
     Ok(axum::Json(json!({ "kicked": kicked })))
 }
 
-/// How a connection ends for each code a test may ask for.
+/// How a connection ends for each code a test may ask for: the code of a `<stream:error>`, `failure-N` for a `<failure>`,
+/// or a word.
 fn farewell(code: &str) -> Option<Farewell> {
     let node: Node = match code {
         "drop" => return Some(Farewell::Drop),
         "replaced" | "device_removed" => conflict(code),
         "xmlstreamend" => tag("xmlstreamend").build(),
+        "xml" => tag("stream:error").children([tag("xml-not-well-formed").build()]).build(),
+        "ack" => {
+            let owed = tag("ack").attr("class", "message").attr("id", "3EB0000000000000").build();
+            tag("stream:error").children([owed]).build()
+        }
+        "unknown" => tag("stream:error").children([tag("something-new").build()]).build(),
         "402" | "403" | "405" | "406" => {
             let reason = code.parse().ok()?;
             let ban = reason == 402;
             failure(&LoginFailure { reason, code: ban.then_some(101), expire: ban.then_some(3_600), count: 0 })
+        }
+        _ if code.starts_with("failure-") => {
+            let reason = code.strip_prefix("failure-").and_then(|reason| reason.parse().ok())?;
+            failure(&LoginFailure { reason, code: None, expire: None, count: 0 })
         }
         _ => tag("stream:error").attr("code", code.parse::<u16>().ok()?).build(),
     };
@@ -243,6 +255,12 @@ async fn forget_sessions(State(world): Shared, Query(query): Query<Whose>) -> An
 struct Unlink {
     phone: String,
     device: Option<u16>,
+}
+
+/// `POST /admin/drain-prekeys?phone=N` → `{"devices": n}`: their one-time prekeys are used up, and they are told.
+async fn drain_prekeys(State(world): Shared, Query(query): Query<Whose>) -> Answer {
+    let devices = world.drain_prekeys(&number(&query.phone)?)?;
+    Ok(axum::Json(json!({ "devices": devices })))
 }
 
 /// `POST /admin/mock-phone/unlink?phone=N[&device=K]` → `{"kicked": n}`; the person removes linked devices.

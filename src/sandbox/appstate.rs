@@ -61,13 +61,18 @@ impl AppStateKey {
     }
 }
 
-/// Answers a `w:sync:app:state` query: nothing has changed, and a patch is taken as it is.
-pub fn answer(iq: &Node) -> Node {
+/// Answers a `w:sync:app:state` query: nothing has changed, and a patch is taken as it is. Or, on order, every collection
+/// is refused with `error`.
+pub fn answer(iq: &Node, error: Option<u16>) -> Node {
     let asked = iq.get_optional_child("sync").map(children).unwrap_or_default();
     let collections = asked.iter().filter(|node| node.tag == "collection").map(|collection| {
         let version: u64 = attr(collection, "version").and_then(|version| version.parse().ok()).unwrap_or(0);
         let patched = u64::from(collection.get_optional_child("patch").is_some());
         let name = attr(collection, "name").unwrap_or_default().into_owned();
+        if let Some(code) = error {
+            let error = tag("error").attr("code", code).attr("text", "refused-on-order").build();
+            return tag("collection").attr("name", name).attr("type", "error").children([error]).build();
+        }
         tag("collection").attr("name", name).attr("version", version + patched).build()
     });
     stanza::result(iq, [tag("sync").children(collections).build()])

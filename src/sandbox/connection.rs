@@ -3,6 +3,7 @@
 
 use crate::sandbox::address::PhoneNumber;
 use crate::sandbox::error::{Result, SandboxError};
+use crate::sandbox::faults::HandshakeFault;
 use crate::sandbox::handshake::{self, Answer, Established};
 use crate::sandbox::link::{Farewell, Link};
 use crate::sandbox::login::{Admission, Progress, Session, admit};
@@ -25,6 +26,8 @@ use whatsapp_rust::wacore_binary::util::unpack_bytes;
 use whatsapp_rust::wacore_binary::{Node, OwnedNodeRef, marshal};
 
 const HANDSHAKE_AT_MOST: Duration = Duration::from_secs(20);
+/// A client that is kept waiting on order for its first answer gets this long to give up.
+const SILENT_AT_MOST: Duration = Duration::from_secs(60);
 /// A client that does not take what is written for this long is gone.
 const WRITE_AT_MOST: Duration = Duration::from_secs(30);
 const CLOSE_AT_MOST: Duration = Duration::from_secs(1);
@@ -62,13 +65,20 @@ impl Peer {
 }
 
 /// Serves one WebSocket until it ends.
-pub async fn run<S>(socket: WebSocketStream<S>, world: Arc<World>)
+pub async fn run<S>(mut socket: WebSocketStream<S>, world: Arc<World>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     world.stats.accepted.add(1);
     let link = Arc::new(Link::default());
-    let greeted = timeout(HANDSHAKE_AT_MOST, greet(socket, &world, &link)).await;
+    let fault = world.faults.handshake_failure();
+    if fault == Some(HandshakeFault::Silent) {
+        // Until the client gives up.
+        let left = async { while matches!(socket.next().await, Some(Ok(_))) {} };
+        let _ = timeout(SILENT_AT_MOST, left).await;
+        return;
+    }
+    let greeted = timeout(HANDSHAKE_AT_MOST, greet(socket, &world, &link, fault)).await;
     let ended = match greeted.unwrap_or(Err(SandboxError::TimedOut)) {
         Ok(Some((mut wire, mut peer))) => {
             let ended = serve(&mut wire, &mut peer, &world, &link).await;
@@ -85,12 +95,17 @@ where
     }
 }
 
-async fn greet<S>(socket: WebSocketStream<S>, world: &Arc<World>, link: &Arc<Link>) -> Result<Option<(Wire<S>, Peer)>>
+async fn greet<S>(
+    socket: WebSocketStream<S>,
+    world: &Arc<World>,
+    link: &Arc<Link>,
+    fault: Option<HandshakeFault>,
+) -> Result<Option<(Wire<S>, Peer)>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let mut stream = ByteStream { socket, frames: FrameDecoder::new() };
-    let (established, by_ik) = stream.shake_hands(world).await?;
+    let (established, by_ik) = stream.shake_hands(world, fault).await?;
     let admission = admit(world, link, by_ik, &established).await?;
     let mut wire = Wire { stream, keys: established, sent: 0, received: 0 };
     match admission {
@@ -299,6 +314,16 @@ struct ByteStream<S> {
     frames: FrameDecoder,
 }
 
+/// The server's hello; its last byte belongs to the seal of its payload.
+fn spoilt(mut hello: Vec<u8>, fault: Option<HandshakeFault>) -> Vec<u8> {
+    if fault == Some(HandshakeFault::Garbled)
+        && let Some(last) = hello.last_mut()
+    {
+        *last ^= 1;
+    }
+    hello
+}
+
 /// An encrypted connection.
 struct Wire<S> {
     stream: ByteStream<S>,
@@ -341,7 +366,7 @@ where
         self.write(frame).await
     }
 
-    async fn shake_hands(&mut self, world: &World) -> Result<(Established, bool)> {
+    async fn shake_hands(&mut self, world: &World, fault: Option<HandshakeFault>) -> Result<(Established, bool)> {
         let mut start = Vec::new();
         let prologue = loop {
             if let Some((prologue, length)) = handshake::header(&start)? {
@@ -353,11 +378,11 @@ where
         let hello = self.frame().await?;
         match handshake::answer(&world.identity, &prologue, &hello)? {
             Answer::Complete { hello, established } => {
-                self.write_frame(&hello).await?;
+                self.write_frame(&spoilt(hello, fault)).await?;
                 Ok((*established, true))
             }
             Answer::AwaitFinish { hello, pending } => {
-                self.write_frame(&hello).await?;
+                self.write_frame(&spoilt(hello, fault)).await?;
                 let finish = self.frame().await?;
                 Ok((pending.finish(&finish)?, false))
             }

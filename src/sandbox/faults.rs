@@ -22,8 +22,14 @@ pub struct Order {
     pub phone: Option<String>,
     /// Forget all earlier orders of this scope first; without a phone, all orders of every scope.
     pub clear: bool,
-    /// Leave these queries unanswered: a namespace (`usync`) or namespace and question (`encrypt:digest`).
+    /// Leave these queries unanswered: a namespace (`usync`), namespace and question (`encrypt:digest`), or `*` for all.
     pub mute_iq: Option<Vec<String>>,
+    /// Answer queries with an error.
+    pub refuse_iq: Option<RefusedQueries>,
+    /// Answer every collection of the account's settings with this error.
+    pub app_state_error: Option<u16>,
+    /// What goes wrong before anybody is known; not for a single number.
+    pub handshake: Option<HandshakeFaults>,
     /// Leave pings unanswered.
     pub mute_pings: Option<bool>,
     /// Write nothing at all.
@@ -68,6 +74,39 @@ pub struct Nack {
     pub count: u32,
 }
 
+/// Queries that are refused.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefusedQueries {
+    /// Which, named as in `mute_iq`.
+    pub queries: Vec<String>,
+    /// The error code.
+    pub code: u16,
+}
+
+/// Connections that fail before anybody is known.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandshakeFaults {
+    /// How.
+    pub fault: HandshakeFault,
+    /// How many.
+    #[serde(default = "once")]
+    pub count: u32,
+}
+
+/// How a connection fails before anybody is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HandshakeFault {
+    /// The upgrade to WebSocket is answered with this HTTP status.
+    Status(u16),
+    /// Nothing answers the first message.
+    Silent,
+    /// The answer's seal is broken.
+    Garbled,
+}
+
 /// Refused logins.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -88,6 +127,10 @@ fn once() -> u32 {
 }
 
 type Scope = Option<PhoneNumber>;
+
+fn covers(named: &str, kind: &str) -> bool {
+    named == "*" || kind.strip_prefix(named).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
+}
 
 fn covers_pings(kind: &str) -> bool {
     kind == "w:p" || kind == "w:p:ping"
@@ -145,14 +188,49 @@ impl Faults {
 
     /// Whether a query stays unanswered.
     pub fn mutes(&self, phone: &PhoneNumber, kind: &str) -> bool {
-        let covers =
-            |muted: &str| kind.strip_prefix(muted).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'));
         let muted = |order: &mut Order| {
-            let by_name = order.mute_iq.as_ref().is_some_and(|muted| muted.iter().any(|muted| covers(muted)));
+            let by_name = order.mute_iq.as_ref().is_some_and(|muted| muted.iter().any(|muted| covers(muted, kind)));
             let as_ping = order.mute_pings == Some(true) && covers_pings(kind);
             (by_name || as_ping).then_some(())
         };
         self.ask(phone, muted).is_some()
+    }
+
+    /// The error with which a query is refused.
+    pub fn refuses(&self, phone: &PhoneNumber, kind: &str) -> Option<u16> {
+        self.ask(phone, |order| {
+            let refused = order.refuse_iq.as_ref()?;
+            refused.queries.iter().any(|named| covers(named, kind)).then_some(refused.code)
+        })
+    }
+
+    /// The error for every collection of the account's settings.
+    pub fn app_state_error(&self, phone: &PhoneNumber) -> Option<u16> {
+        self.ask(phone, |order| order.app_state_error)
+    }
+
+    /// Spends a connection that fails at its upgrade: the status.
+    pub fn upgrade_failure(&self) -> Option<u16> {
+        self.handshake(|fault| match fault {
+            HandshakeFault::Status(status) => Some(status),
+            HandshakeFault::Silent | HandshakeFault::Garbled => None,
+        })
+    }
+
+    /// Spends a connection that fails in its handshake.
+    pub fn handshake_failure(&self) -> Option<HandshakeFault> {
+        self.handshake(|fault| (!matches!(fault, HandshakeFault::Status(_))).then_some(fault))
+    }
+
+    fn handshake<T>(&self, meant: impl Fn(HandshakeFault) -> Option<T>) -> Option<T> {
+        if !self.armed.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        let ordered = orders.get_mut(&None)?.handshake.as_mut().filter(|ordered| ordered.count > 0)?;
+        let found = meant(ordered.fault)?;
+        ordered.count -= 1;
+        Some(found)
     }
 
     /// Whether nothing is written.
@@ -247,6 +325,9 @@ impl Faults {
 impl Order {
     fn merge(&mut self, newer: Self) {
         self.mute_iq = newer.mute_iq.or(self.mute_iq.take());
+        self.refuse_iq = newer.refuse_iq.or(self.refuse_iq.take());
+        self.app_state_error = newer.app_state_error.or(self.app_state_error);
+        self.handshake = newer.handshake.or(self.handshake);
         self.mute_pings = newer.mute_pings.or(self.mute_pings);
         self.silence = newer.silence.or(self.silence);
         self.delay_ms = newer.delay_ms.or(self.delay_ms);
@@ -297,6 +378,30 @@ mod tests {
         assert!(faults.mutes(&any, "w:p:ping"));
         faults.order(order(r#"{"clear":true}"#));
         assert!(!faults.mutes(&any, "encrypt:digest"));
+    }
+
+    #[test]
+    fn handshakes_fail_as_often_as_ordered() {
+        let faults = Faults::new(1);
+        faults.order(order(r#"{"handshake":{"fault":{"status":403},"count":2}}"#));
+        assert_eq!(faults.handshake_failure(), None);
+        let seen: Vec<_> = (0..3).map(|_| faults.upgrade_failure()).collect();
+        assert_eq!(seen, [Some(403), Some(403), None]);
+        faults.order(order(r#"{"handshake":{"fault":"garbled"}}"#));
+        assert_eq!(faults.upgrade_failure(), None);
+        assert_eq!(faults.handshake_failure(), Some(HandshakeFault::Garbled));
+        assert_eq!(faults.handshake_failure(), None);
+    }
+
+    #[test]
+    fn queries_are_refused_by_name_or_all() {
+        let faults = Faults::new(1);
+        let any = phone("15550000001");
+        faults.order(order(r#"{"refuse_iq":{"queries":["encrypt"],"code":503}}"#));
+        assert_eq!(faults.refuses(&any, "encrypt:digest"), Some(503));
+        assert_eq!(faults.refuses(&any, "usync:usync"), None);
+        faults.order(order(r#"{"refuse_iq":{"queries":["*"],"code":500}}"#));
+        assert_eq!(faults.refuses(&any, "usync:usync"), Some(500));
     }
 
     #[test]

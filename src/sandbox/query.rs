@@ -26,6 +26,9 @@ pub fn react(world: &World, device: &DeviceAddress, iq: &Node) -> Vec<Reaction> 
     if world.faults.mutes(&device.phone, &kind) {
         return Vec::new();
     }
+    if let Some(code) = world.faults.refuses(&device.phone, &kind) {
+        return vec![Reaction::Reply(stanza::failure(iq, code, "refused-on-order"))];
+    }
     match kind.as_str() {
         "passive:active" => vec![Reaction::Reply(stanza::result(iq, [])), Reaction::Active],
         "md:remove-companion-device" => log_out(world, device, iq),
@@ -48,7 +51,7 @@ fn answer(world: &World, device: &DeviceAddress, kind: &str, iq: &Node) -> Node 
     match (namespace.as_ref(), is_set) {
         ("encrypt", _) => prekeys::answer(world, device, iq),
         ("usync", _) => usync::answer(world, iq),
-        ("w:sync:app:state", _) => appstate::answer(iq),
+        ("w:sync:app:state", _) => appstate::answer(iq, world.faults.app_state_error(&device.phone)),
         ("w:p", _) => stanza::result(iq, []),
         ("w:mex", false) if asks_for_lock(iq) => match world.faults.locked_for(&device.phone) {
             Some(seconds) => stanza::result(iq, [lock(seconds)]),

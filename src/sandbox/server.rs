@@ -166,7 +166,8 @@ async fn serve(stream: TcpStream, world: Arc<World>, router: Router) {
     let _ = stream.set_nodelay(true);
     let upgrade: Arc<Mutex<Option<OnUpgrade>>> = Arc::default();
     let slot = Arc::clone(&upgrade);
-    let service = service_fn(move |request| answer(request, router.clone(), Arc::clone(&slot)));
+    let refusing = Arc::clone(&world);
+    let service = service_fn(move |request| answer(request, router.clone(), Arc::clone(&slot), Arc::clone(&refusing)));
     let mut http = http1::Builder::new();
     http.max_buf_size(HTTP_BUFFER);
     let served = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await;
@@ -195,11 +196,16 @@ async fn answer(
     mut request: Request<Incoming>,
     router: Router,
     slot: Arc<Mutex<Option<OnUpgrade>>>,
+    world: Arc<World>,
 ) -> Result<Response<Body>, Infallible> {
     let Some(accept) = websocket_accept(request.headers()) else {
         return router.oneshot(request.map(Body::new)).await;
     };
     let mut response = Response::new(Body::empty());
+    if let Some(status) = world.faults.upgrade_failure().and_then(|status| StatusCode::from_u16(status).ok()) {
+        *response.status_mut() = status;
+        return Ok(response);
+    }
     let Ok(value) = accept.parse() else {
         *response.status_mut() = StatusCode::BAD_REQUEST;
         return Ok(response);

@@ -12,7 +12,7 @@ use crate::sandbox::pairing::Pairings;
 use crate::sandbox::persistence::Files;
 use crate::sandbox::phone::{Delivery, Errand, Person, Shown};
 use crate::sandbox::signal_store::Bundle;
-use crate::sandbox::stanza::fresh_id;
+use crate::sandbox::stanza::{fresh_id, now, tag};
 use crate::sandbox::stats::Stats;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
@@ -21,6 +21,8 @@ use whatsapp_rust::wacore_binary::Node;
 
 /// Accounts one sandbox may have.
 const ACCOUNT_LIMIT: usize = 200_000;
+/// A device is told that it should publish more prekeys when so many are left.
+const PREKEYS_LOW: usize = 10;
 /// Requests to repeat a message that wait for an order to be taken back; more are forgotten.
 const HELD_LIMIT: usize = 1_024;
 
@@ -145,10 +147,40 @@ impl World {
     /// The keys a device shows to a stranger.
     pub fn bundle(&self, device: &DeviceAddress) -> Option<Bundle> {
         let take = |state: &mut AccountState| match device.device {
-            0 => state.person.signal.bundle().ok(),
-            number => state.companions.get_mut(&number).map(Companion::bundle),
+            0 => Some((state.person.signal.bundle().ok()?, None)),
+            number => {
+                let companion = state.companions.get_mut(&number)?;
+                Some((companion.bundle(), Some(companion.prekeys.len())))
+            }
         };
-        self.change_state(&device.phone, take).flatten()
+        let (bundle, left) = self.change_state(&device.phone, take).flatten()?;
+        if left == Some(PREKEYS_LOW) {
+            self.tell_of_prekeys(device, PREKEYS_LOW);
+        }
+        Some(bundle)
+    }
+
+    /// Forgets the one-time prekeys of a number's devices, as if many had asked for them. How many devices.
+    pub fn drain_prekeys(&self, phone: &PhoneNumber) -> Result<usize> {
+        self.require(phone)?;
+        let devices = self.devices(phone).into_iter().filter(|device| *device != 0);
+        let devices: Vec<_> = devices.map(|device| DeviceAddress::new(phone.clone(), device)).collect();
+        for device in &devices {
+            self.change_companion(device, |companion| companion.prekeys.clear());
+            self.tell_of_prekeys(device, 0);
+        }
+        Ok(devices.len())
+    }
+
+    fn tell_of_prekeys(&self, device: &DeviceAddress, left: usize) {
+        let node = tag("notification")
+            .attr("from", "s.whatsapp.net")
+            .attr("id", fresh_id("3C"))
+            .attr("type", "encrypt")
+            .attr("t", now())
+            .children([tag("count").attr("value", left).build()])
+            .build();
+        self.hand_over(Delivery { from: device.clone(), to: device.clone(), node });
     }
 
     /// Crosses off messages a device says it has received.

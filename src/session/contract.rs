@@ -11,6 +11,7 @@ use crate::domain::message::{Content, Direction};
 use crate::domain::outbox::Devices;
 use crate::domain::phone::{Contact, Lid, Phone};
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::Trouble;
 
 /// Commands a session holds before it must be asked again; the sender is told when it is full.
 pub const COMMANDS_MAX: usize = 64;
@@ -66,6 +67,10 @@ pub enum SessionEvent {
     Online,
     /// The server answered a ping or another question: proof that both directions work.
     Alive,
+    /// Something is wrong with the connection, which stands.
+    Troubled(Trouble),
+    /// It no longer is.
+    Relieved(Trouble),
     /// The message was handed to the socket. Not yet accepted by WhatsApp.
     Written {
         /// Which one.

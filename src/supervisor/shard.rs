@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::domain::id::NumberId;
-use crate::domain::lifecycle::State;
+use crate::domain::lifecycle::{Attention, State};
 use crate::domain::restart::{RestartBudget, Verdict, WINDOW};
 use crate::domain::time::Timestamp;
 use crate::number::actor::{Arguments, NumberActor};
@@ -376,10 +376,13 @@ impl ShardState {
 /// A number without an actor must not look connected.
 fn show(handle: &NumberHandle, state: State, again: Option<Timestamp>, reason: &str, now: Timestamp) {
     handle.stats().set_state(state.code(), false);
+    let attention = if state == State::Quarantined { Attention::Operator } else { Attention::None };
+    handle.stats().set_attention(attention);
     handle.change_view(|view| {
         view.state = state;
         view.next_attempt = again;
         view.since = now;
         view.reason = reason.to_owned();
+        view.attention = attention;
     });
 }

@@ -33,13 +33,16 @@ const fn family(
     Family { name, kind, help, read }
 }
 
-const FAMILIES: [Family; 15] = [
+const FAMILIES: [Family; 16] = [
     family("up", "gauge", "Whether sends are possible now", |stats, _| Value::Integer(stats.is_up().into())),
     family("desired_up", "gauge", "Whether the owner wants it connected", |stats, _| {
         Value::Integer(stats.is_desired_up().into())
     }),
     family("state", "gauge", "State as the number of NumberState in the API", |stats, _| {
         Value::Integer(stats.state_code().into())
+    }),
+    family("attention", "gauge", "Who must act: 0 nobody, 1 its owner, 2 the operator", |stats, _| {
+        Value::Integer(stats.attention().into())
     }),
     family("restarts_total", "counter", "Crashes of its actor", |stats, _| Value::Integer(stats.restarts.value())),
     family("reconnects_total", "counter", "Connections opened after the first", |stats, _| {

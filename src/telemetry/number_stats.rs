@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::domain::capacity::Basis;
 use crate::domain::id::{NumberId, TenantId};
+use crate::domain::lifecycle::Attention;
 use crate::domain::time::Timestamp;
 
 /// A number's state as one label value; the position is the code of `switchboard_number_state`.
@@ -47,6 +48,7 @@ pub struct NumberStats {
     /// Deliveries that wait for an endpoint.
     pub webhooks: Queue,
     capacity: Mutex<Option<Basis>>,
+    attention: AtomicU8,
     new_chats_held_until: AtomicU64,
     last_activity: AtomicU64,
 }
@@ -115,6 +117,17 @@ impl NumberStats {
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.up.load(Ordering::Relaxed)
+    }
+
+    /// Who must act: nobody, its owner, or the operator.
+    pub fn set_attention(&self, attention: Attention) {
+        self.attention.store(attention as u8, Ordering::Relaxed);
+    }
+
+    /// Who must act, as a figure: 0 nobody, 1 its owner, 2 the operator.
+    #[must_use]
+    pub fn attention(&self) -> u8 {
+        self.attention.load(Ordering::Relaxed)
     }
 
     /// The owner wants it connected, or not.

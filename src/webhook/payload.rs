@@ -191,7 +191,8 @@ fn facts<'a>(event: &'a Event, own: &Phone) -> Facts<'a> {
         EventBody::Received(body) => Facts::Received(received(body, own)),
         // Never sent: who delivers looks first.
         EventBody::NumberCreated | EventBody::Erased(_) => of_number(None, None, None),
-        EventBody::NumberConnected => of_number(Some("OPEN"), None, None),
+        EventBody::NumberConnected | EventBody::NumberRecovered => of_number(Some("OPEN"), None, None),
+        EventBody::NumberDegraded { reason } => of_number(Some("OPEN"), Some(reason.as_str()), None),
         EventBody::NumberDisconnected { reason, reconnecting } => {
             of_number(Some("CLOSE"), Some(reason.as_str()), Some(*reconnecting))
         }

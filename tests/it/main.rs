@@ -48,5 +48,7 @@ mod story;
 mod streams;
 // Errors, tokens, cursors.
 mod surface;
+// Every way a connection ends or goes wrong: state, wait, reason, alert.
+mod verdicts;
 // Attempts, dead letters, filters, pauses, replays, 410; one that hangs beside others.
 mod webhooks;

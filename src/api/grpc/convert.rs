@@ -13,7 +13,7 @@ use crate::domain::delivery::DeadLetter;
 use crate::domain::endpoint::EndpointStatus;
 use crate::domain::event::{Event, EventBody};
 use crate::domain::id::{EventId, MessageId};
-use crate::domain::lifecycle::Desired;
+use crate::domain::lifecycle::{Attention, Desired};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::{Direction, FailureCode, MessageStatus};
 use crate::domain::number::CancelOutcome;
@@ -122,10 +122,24 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         retention: Some(retention(record.retention)),
         proxy: record.proxy.as_ref().map(Proxy::shown).unwrap_or_default(),
         new_chats_held_until: held.map(|(until, _)| time(until)),
+        last_error: view.last_error.map(|last| pb::NumberError {
+            code: last.code,
+            detail: last.detail.map(i32::from).unwrap_or_default(),
+            time: Some(time(last.at)),
+        }),
+        attention: attention(view.attention).into(),
         new_chats_held_reason: held.map(|(_, reason)| reason.name().to_owned()).unwrap_or_default(),
         own_limits: Some(limits::own_limits(record.orders.limits)),
         paused_since: paused.map(|pause| time(pause.since)),
         paused_until: paused.and_then(|pause| pause.until).map(time),
+    }
+}
+
+fn attention(attention: Attention) -> pb::Attention {
+    match attention {
+        Attention::None => pb::Attention::None,
+        Attention::Owner => pb::Attention::Owner,
+        Attention::Operator => pb::Attention::Operator,
     }
 }
 
@@ -293,8 +307,11 @@ fn event(event: Event) -> pb::Event {
             text: body.text,
             written_time: Some(time(body.written_at)),
         }),
-        EventBody::NumberCreated | EventBody::NumberConnected | EventBody::Erased(_) => {
+        EventBody::NumberCreated | EventBody::NumberConnected | EventBody::NumberRecovered | EventBody::Erased(_) => {
             Body::NumberChange(pb::NumberChange::default())
+        }
+        EventBody::NumberDegraded { reason } => {
+            Body::NumberChange(pb::NumberChange { reason, ..pb::NumberChange::default() })
         }
         EventBody::NumberDisconnected { reason, reconnecting } => {
             Body::NumberChange(pb::NumberChange { reason, reconnecting })

@@ -129,7 +129,7 @@ fn is_open(card: &NumberCard) -> bool {
 
 const fn state_of(state: Life) -> &'static str {
     match state {
-        Life::Online => "OPEN",
+        Life::Online | Life::Degraded => "OPEN",
         Life::Linking | Life::Offline { .. } | Life::AwaitingGate | Life::Connecting => "CONNECTING",
         Life::Unlinked | Life::Parked { .. } | Life::Replaced | Life::LoggedOut | Life::Stopped | Life::Quarantined => {
             "CLOSE"

@@ -8,9 +8,13 @@ use crate::domain::close::CloseReason;
 use crate::domain::event::EventBody;
 use crate::domain::lifecycle::{self, State};
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::{Legibility, Trouble};
 
 impl Number {
     pub(super) fn on_life(&mut self, input: lifecycle::Input, now: Timestamp, draft: &mut Draft) {
+        if input == lifecycle::Input::Alive && self.life.state == State::Degraded && !self.legibility.is_bad(now) {
+            self.on_life(lifecycle::Input::Relieved(Trouble::Undecryptable), now, draft);
+        }
         let before = self.life.clone();
         let closing = match &input {
             lifecycle::Input::Closed { reason, .. } => Some(reason.clone()),
@@ -28,6 +32,7 @@ impl Number {
         draft.effects.extend(effects.into_iter().map(Effect::Life));
         if closing.is_some() {
             self.distrusted_since = None;
+            self.legibility = Legibility::default();
             self.outbox.give_back_all();
         }
         if self.life == before {
@@ -42,12 +47,19 @@ impl Number {
         }
         draft.durable |= !matches!(to, State::Offline { .. } | State::AwaitingGate | State::Connecting);
         draft.effects.push(Effect::StateChanged { from, to });
-        self.announce(closing.as_ref(), now, draft);
+        match (from, to) {
+            (_, State::Degraded) if self.counters.announced_connected => {
+                let reason = self.life.reason.clone();
+                self.record_event(EventBody::NumberDegraded { reason }, now, draft);
+            }
+            (State::Degraded, State::Online) => self.record_event(EventBody::NumberRecovered, now, draft),
+            _ => self.announce(closing.as_ref(), now, draft),
+        }
     }
 
     /// Tells customers when the connection stands or is gone. A routine recycle that heals at once is not told.
     pub(super) fn announce(&mut self, closing: Option<&CloseReason>, now: Timestamp, draft: &mut Draft) {
-        if self.life.state == State::Online {
+        if self.life.state.is_connected() {
             if !self.counters.announced_connected {
                 self.counters.announced_connected = true;
                 self.record_event(EventBody::NumberConnected, now, draft);
@@ -75,7 +87,7 @@ impl Number {
             self.on_life(lifecycle::Input::Tick, now, draft);
         }
         let overdue = self.outbox.oldest_on_wire().is_some_and(|since| now.since(since) >= ack::ACK_TIMEOUT);
-        if overdue && self.distrusted_since.is_none() && self.life.state == State::Online {
+        if overdue && self.distrusted_since.is_none() && self.life.state.is_connected() {
             // What the server thinks of these is unknown. A new connection settles it; this one sends nothing more.
             self.distrusted_since = Some(now);
             draft.effects.push(Effect::Life(lifecycle::Effect::Close));

@@ -17,6 +17,7 @@ use crate::domain::message::{Content, MessageRecord, Progress};
 use crate::domain::orders::SendingOrders;
 use crate::domain::outbox::{Outbox, OutboxRow, Standing, Unsettled};
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::Legibility;
 
 /// What waits for a commit.
 #[derive(Debug, Clone)]
@@ -78,6 +79,8 @@ pub struct Number {
     pub(super) next_ticket: u64,
     pub(super) fresh_chats: VecDeque<(String, ChatNo)>,
     pub(super) recent_heard: VecDeque<ChatNo>,
+    /// How much of what arrives on the present connection can be read.
+    pub(super) legibility: Legibility,
     pub(super) recent_seen: VecDeque<SeenKey>,
     pub(super) recent_placeholders: VecDeque<(SeenKey, MessageRecord)>,
     pub(super) recent_filled: VecDeque<MessageSeq>,
@@ -129,6 +132,7 @@ impl Number {
             next_ticket: 0,
             fresh_chats: VecDeque::new(),
             recent_heard: VecDeque::new(),
+            legibility: Legibility::default(),
             recent_seen: VecDeque::new(),
             recent_placeholders: VecDeque::new(),
             recent_filled: VecDeque::new(),
@@ -189,7 +193,7 @@ impl Number {
             // Nothing new begins any more, however long it has been due.
             return ack_due;
         }
-        let sends = if self.life.state == State::Online { self.send_wake } else { None };
+        let sends = if self.life.state.is_connected() { self.send_wake } else { None };
         let hold = match self.new_chats {
             NewChats::Held { until, .. } => Some(until),
             NewChats::Allowed | NewChats::Probing => None,

@@ -8,10 +8,12 @@ use super::machine::{Draft, Number};
 use crate::domain::change::{Change, SeenKey};
 use crate::domain::event::{EventBody, ReceivedEvent};
 use crate::domain::id::{ChatNo, MessageId};
+use crate::domain::lifecycle;
 use crate::domain::message::{Content, Direction, MessageRecord};
 use crate::domain::outbox::Standing;
 use crate::domain::phone::Contact;
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::Trouble;
 
 /// Chats made in this process whose number the disk may not show yet.
 const FRESH_CHATS_MAX: usize = 1024;
@@ -86,6 +88,7 @@ impl Number {
             },
         };
         draft.changes.push(Change::Seen(key.clone(), record.seq, now));
+        self.judge(readable, now, draft);
         let told = inbound && readable;
         if told {
             let body = ReceivedEvent {
@@ -106,6 +109,21 @@ impl Number {
         let filled = self.recent_filled.contains(&record.seq);
         draft.changes.push(if filled { Change::Filled(record) } else { Change::Message(record) });
         u64::from(told)
+    }
+
+    /// Whether too much of what arrives cannot be read.
+    fn judge(&mut self, readable: bool, now: Timestamp, draft: &mut Draft) {
+        let bad_before = self.legibility.is_bad(now);
+        if readable {
+            self.legibility.read(now);
+        } else {
+            self.legibility.unreadable(now);
+        }
+        match (bad_before, self.legibility.is_bad(now)) {
+            (false, true) => self.on_life(lifecycle::Input::Troubled(Trouble::Undecryptable), now, draft),
+            (true, false) => self.on_life(lifecycle::Input::Relieved(Trouble::Undecryptable), now, draft),
+            (false, false) | (true, true) => {}
+        }
     }
 
     /// The row that stands for this message and has no content yet, on disk or on its way there.

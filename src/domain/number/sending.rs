@@ -9,7 +9,6 @@ use crate::domain::ack;
 use crate::domain::change::{Change, IdempotencyRecord};
 use crate::domain::event::{EventBody, OutboundEvent};
 use crate::domain::id::{ChatNo, MessageId, MessageSeq};
-use crate::domain::lifecycle::State;
 use crate::domain::limiter::{Grant, LimitLayer, NewChats};
 use crate::domain::message::{Content, Direction, FailureCode, MessageRecord, MessageStatus, Progress};
 use crate::domain::outbox::{DEADLINE_DEFAULT, Devices, IN_FLIGHT_MAX, OutboxRow, Schedule, Standing, Unsettled};
@@ -166,7 +165,7 @@ impl Number {
     }
 
     pub(super) fn may_transmit(&self) -> bool {
-        self.life.state == State::Online && self.distrusted_since.is_none()
+        self.life.state.is_connected() && self.distrusted_since.is_none()
     }
 
     pub(super) fn is_held(&self, standing: Standing) -> bool {

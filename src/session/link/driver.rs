@@ -33,6 +33,7 @@ use super::signals::{QUEUE_MAX, RECOVERED_MAX, Signals};
 use super::stanza::Certainty;
 use super::transport::{Reached, SocketSlot};
 use crate::domain::close::CloseReason;
+use crate::domain::trouble::Trouble;
 use crate::session::contract::{SendError, SessionCommand, SessionEvent};
 use crate::store::number_store::NumberStore;
 use crate::store::unit::Unit;
@@ -49,6 +50,12 @@ const TICK: Duration = Duration::from_secs(15);
 /// Without an answer for so long we ask ourselves. The library asks after 15 to 30 s, but only when nothing at
 /// all arrives, and never while a question of its own is open.
 const ASK_AFTER: Duration = Duration::from_secs(40);
+/// When nothing at all arrives we ask sooner: the library has asked by then and got no answer yet.
+const ASK_QUIET_AFTER: Duration = Duration::from_secs(31);
+/// When nothing at all arrives for so long the link is dead.
+const DEAD_AFTER: Duration = Duration::from_secs(44);
+/// How long WhatsApp may be without our keys.
+const PREKEYS_WITHIN: Duration = Duration::from_secs(30);
 /// Without an answer for so long the connection is dead, whatever bytes arrive. With the tick below 90 s.
 const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(75);
 /// Questions of ours that are open at once.
@@ -193,6 +200,7 @@ async fn live(
         announced: false,
         online_by: Some(Instant::now() + if is_pairing { SCAN_WITHIN } else { CONNECT_WITHIN }),
         tick_at: Instant::now() + TICK,
+        prekeys_missing: None,
         span,
         client,
     };
@@ -235,6 +243,7 @@ struct Connection<'a> {
     announced: bool,
     online_by: Option<Instant>,
     tick_at: Instant,
+    prekeys_missing: Option<Instant>,
     span: tracing::Span,
 }
 
@@ -300,6 +309,9 @@ impl Connection<'_> {
                 let answer = answer_all(self.outbound.wire(), self.signals().clone(), std::mem::take(&mut self.left));
                 self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
             }
+        }
+        if self.signals().is_unproved() {
+            self.ask();
         }
         self.ask_for_lost();
         self.announce().await
@@ -416,16 +428,52 @@ impl Connection<'_> {
             Reached::Proxy(ProxyFault::Unreachable) => CloseReason::ProxyUnreachable,
             Reached::Proxy(ProxyFault::Refused) => CloseReason::ProxyRefused,
             Reached::Proxy(ProxyFault::LoginRefused) => CloseReason::ProxyLoginRefused,
+            Reached::Status(status) => CloseReason::UpgradeRefused { status },
             Reached::Dropped => CloseReason::ConnectionLost,
             Reached::Silence => CloseReason::HandshakeSilent,
             Reached::Refusal => CloseReason::HandshakeRefused,
         }
     }
 
+    /// The next look at the deadlines: a little different for everybody, or ten thousand sessions look at the same
+    /// moment; and not later than when silence means something.
+    fn next_tick(&self, now: Instant) -> Instant {
+        let usual = TICK.mul_f64(rand::random_range(0.9..1.0));
+        let Some(quiet) = self.signals().quiet() else { return now + usual };
+        let due = [ASK_QUIET_AFTER, DEAD_AFTER].into_iter().find(|limit| *limit > quiet);
+        now + due.map_or(usual, |limit| usual.min(limit - quiet))
+    }
+
+    /// Asks the server anything: the answer is noticed where every answer is.
+    fn ask(&mut self) {
+        while self.asking.try_join_next().is_some() {}
+        if self.asking.len() >= QUESTIONS_MAX {
+            return;
+        }
+        let client = self.client.clone();
+        let ask = async move {
+            let _ = client.execute(KeepaliveSpec::with_timeout(ANSWER_WITHIN)).await;
+        };
+        self.asking.spawn(Box::pin(ask).instrument(self.span.clone()));
+    }
+
+    /// Whether our keys have reached WhatsApp, without which nobody can write to us for the first time.
+    fn check_prekeys(&mut self, now: Instant) {
+        if self.client.persistence_manager().get_device_snapshot().server_has_prekeys {
+            self.prekeys_missing = None;
+            self.signals().relieve(Trouble::PrekeysMissing);
+        } else if now.duration_since(*self.prekeys_missing.get_or_insert(now)) >= PREKEYS_WITHIN {
+            self.signals().trouble(Trouble::PrekeysMissing);
+        }
+    }
+
     fn check(&mut self) -> Option<CloseReason> {
         let now = Instant::now();
-        // A little different for everybody, or ten thousand sessions look at the same moment.
-        self.tick_at = now + TICK.mul_f64(rand::random_range(0.9..1.0));
+        self.tick_at = self.next_tick(now);
+        let quiet = self.signals().quiet();
+        if quiet.is_some_and(|quiet| quiet >= DEAD_AFTER) {
+            return Some(CloseReason::ConnectionLost);
+        }
         if self.online_by.is_some_and(|by| now >= by) {
             let unscanned = self.is_pairing && !self.announced;
             return Some(if unscanned { CloseReason::PairingEnded } else { CloseReason::Unresponsive });
@@ -439,18 +487,13 @@ impl Connection<'_> {
             let answer = answer_overdue(self.outbound.wire(), self.signals().clone());
             self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
         }
+        self.check_prekeys(now);
         let silence = self.signals().silence()?;
         if silence >= UNRESPONSIVE_AFTER {
             return Some(CloseReason::Unresponsive);
         }
-        while self.asking.try_join_next().is_some() {}
-        if silence >= ASK_AFTER && self.asking.len() < QUESTIONS_MAX {
-            let client = self.client.clone();
-            let ask = async move {
-                // The answer is noticed where every answer is.
-                let _ = client.execute(KeepaliveSpec::with_timeout(ANSWER_WITHIN)).await;
-            };
-            self.asking.spawn(Box::pin(ask).instrument(self.span.clone()));
+        if silence >= ASK_AFTER || quiet.is_some_and(|quiet| quiet >= ASK_QUIET_AFTER) {
+            self.ask();
         }
         None
     }

@@ -20,10 +20,11 @@ use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
 use crate::domain::close::CloseReason;
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::Trouble;
 use crate::session::contract::{ReceiptKind, SessionEvent};
 
 /// Exactly what is read below: an event nobody subscribes to is not even built.
-const INTEREST: [EventKind; 13] = [
+const INTEREST: [EventKind; 14] = [
     EventKind::RawNode,
     EventKind::Connected,
     EventKind::Disconnected,
@@ -37,6 +38,7 @@ const INTEREST: [EventKind; 13] = [
     EventKind::Receipt,
     EventKind::UndecryptableMessage,
     EventKind::Messages,
+    EventKind::AppStateSyncFailed,
 ];
 
 struct Handler {
@@ -63,7 +65,7 @@ impl Handler {
                 self.signals.backlog.hear(node);
                 self.stanza(node.get());
             }
-            Event::Connected(_) => self.signals.go_online(),
+            Event::Connected(_) => self.signals.connected(),
             Event::Disconnected(disconnected) => self.disconnected(disconnected),
             Event::PairingQrCode(qr) => {
                 self.signals.tell(SessionEvent::QrCode { code: qr.code.clone(), valid_for: qr.timeout });
@@ -79,6 +81,10 @@ impl Handler {
                 if let Some(placeholder) = placeholder(message) {
                     self.signals.push(Queued::Placeholder(Box::new(placeholder)));
                 }
+            }
+            Event::AppStateSyncFailed(failed) if !failed.fatal.is_empty() => {
+                tracing::warn!(collections = failed.fatal.len(), "the account's settings are refused");
+                self.signals.trouble(Trouble::AppStateRefused);
             }
             Event::Messages(batch) if !batch.hook_committed => {
                 // Newsletters come this way too; they are dropped as not being a chat between two people.
@@ -119,6 +125,8 @@ impl Handler {
             clean @ DisconnectReason::ServerClose { .. } if clean.is_clean_shutdown() => CloseReason::Recycled,
             _ => CloseReason::ConnectionLost,
         };
+        // What the server said last explains it better than that it closed.
+        let reason = self.signals.ending(Certainty::Maybe).unwrap_or(reason);
         self.signals.note(Certainty::Ending, reason);
     }
 

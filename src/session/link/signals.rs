@@ -22,6 +22,7 @@ use super::stanza::Certainty;
 use crate::domain::close::CloseReason;
 use crate::domain::phone::{Lid, Phone};
 use crate::domain::time::Timestamp;
+use crate::domain::trouble::Trouble;
 use crate::session::contract::{Incoming, ReceiptKind, SessionEvent};
 
 /// Events between the library's handlers and the pump. The number's own queue behind it is shorter, so this one
@@ -71,6 +72,11 @@ struct Progress {
     ending: Option<(Certainty, CloseReason)>,
     paired: Option<PairedAs>,
     last_answer: Option<Instant>,
+    last_heard: Option<Instant>,
+    /// Logged in and drained, without a word from the server that answers us.
+    unproved: bool,
+    /// What is wrong with the connection.
+    troubles: Vec<Trouble>,
     last_alive: Option<Instant>,
 }
 
@@ -180,6 +186,9 @@ impl Signals {
         if progress.ending.as_ref().is_some_and(|(known, _)| *known < Certainty::EndNow) {
             progress.ending = None;
         }
+        progress.last_answer = None;
+        progress.last_heard = None;
+        progress.unproved = false;
         drop(progress);
         self.heard.store(false, Ordering::Release);
         self.answering_pairing.store(false, Ordering::Release);
@@ -193,6 +202,7 @@ impl Signals {
     /// A stanza arrived: the handshake is over and the server speaks to us.
     pub(super) fn hear(&self) {
         self.heard.store(true, Ordering::Release);
+        self.progress().last_heard = Some(Instant::now());
     }
 
     /// Whether any stanza arrived on this connection.
@@ -211,6 +221,11 @@ impl Signals {
         if progress.ending.as_ref().is_some_and(|(known, _)| *known == Certainty::Maybe) {
             progress.ending = None;
         }
+        if std::mem::take(&mut progress.unproved) {
+            drop(progress);
+            self.go_online();
+            return;
+        }
         let due = progress.last_alive.is_none_or(|last| now.duration_since(last) >= ALIVE_EVERY);
         if !due || !self.is_online() {
             return;
@@ -225,13 +240,63 @@ impl Signals {
         Some(self.progress().last_answer?.elapsed())
     }
 
-    /// Logged in and drained.
-    pub(super) fn go_online(&self) {
+    /// How long ago anything arrived.
+    pub(super) fn quiet(&self) -> Option<Duration> {
+        Some(self.progress().last_heard?.elapsed())
+    }
+
+    /// Logged in and drained. It counts once the server has answered a question of ours.
+    pub(super) fn connected(&self) {
+        let mut progress = self.progress();
+        if progress.last_answer.is_none() {
+            progress.unproved = true;
+            drop(progress);
+            self.wake.notify_one();
+            return;
+        }
+        drop(progress);
+        self.go_online();
+    }
+
+    /// Whether only an answer of the server is missing.
+    pub(super) fn is_unproved(&self) -> bool {
+        self.progress().unproved
+    }
+
+    fn go_online(&self) {
         if !self.online.swap(true, Ordering::AcqRel) {
-            self.progress().last_answer = Some(Instant::now());
             self.tell(SessionEvent::Online);
+            let troubles = self.progress().troubles.clone();
+            for trouble in troubles {
+                self.tell(SessionEvent::Troubled(trouble));
+            }
         }
         self.wake.notify_one();
+    }
+
+    /// Something is wrong with the connection. Told once it stands.
+    pub(super) fn trouble(&self, trouble: Trouble) {
+        let mut progress = self.progress();
+        if progress.troubles.contains(&trouble) {
+            return;
+        }
+        progress.troubles.push(trouble);
+        drop(progress);
+        if self.is_online() {
+            self.tell(SessionEvent::Troubled(trouble));
+        }
+    }
+
+    /// It no longer is.
+    pub(super) fn relieve(&self, trouble: Trouble) {
+        let mut progress = self.progress();
+        let known = progress.troubles.len();
+        progress.troubles.retain(|other| *other != trouble);
+        let is_news = progress.troubles.len() < known;
+        drop(progress);
+        if is_news {
+            self.tell(SessionEvent::Relieved(trouble));
+        }
     }
 
     /// Whether sends are possible.
@@ -453,9 +518,10 @@ mod tests {
     async fn alive_is_told_once_online_and_not_on_every_answer() {
         let (signals, mut entries) = signals();
         let now = Instant::now();
+        signals.connected();
+        assert!(!signals.is_online(), "nothing has answered");
         signals.answered_at(now);
-        signals.go_online();
-        signals.go_online();
+        signals.connected();
         signals.answered_at(now);
         signals.answered_at(now);
         signals.answered_at(now + ALIVE_EVERY);

@@ -64,14 +64,20 @@ fn stream_error(node: &NodeRef<'_>) -> Option<Ending> {
     if node.get_optional_child("xml-not-well-formed").is_some() {
         return Some((Certainty::Ending, CloseReason::NotWellFormed));
     }
-    match code(node, "code")? {
+    if node.get_optional_child("ack").is_some() {
+        return Some((Certainty::Ending, CloseReason::AckOwed));
+    }
+    let Some(code) = code(node, "code") else {
+        return Some((Certainty::Maybe, CloseReason::StreamError { code: 0 }));
+    };
+    match code {
         515 => Some((Certainty::Ending, CloseReason::Recycled)),
         code @ (401 | 516) => Some((Certainty::Ending, CloseReason::LoggedOut { code })),
         409 => Some((Certainty::Ending, CloseReason::Replaced)),
         // The library stays on the socket after these two and refuses to send.
         429 => Some((Certainty::EndNow, CloseReason::RateLimited)),
         code @ (500 | 503) => Some((Certainty::EndNow, CloseReason::ServerError { code })),
-        code => Some((Certainty::Maybe, CloseReason::Refused { code })),
+        code => Some((Certainty::Maybe, CloseReason::StreamError { code })),
     }
 }
 
@@ -86,13 +92,11 @@ pub(super) fn scanned_by(node: &NodeRef<'_>) -> Option<Option<Phone>> {
     Some(jid.and_then(|jid| Phone::parse(&jid.user).ok()))
 }
 
-/// Whether the stanza answers something we asked or sent: proof that both directions work.
+/// Whether the stanza answers a question of ours: proof that both directions work and that somebody thinks in between.
+/// Acks are no proof: a server that only takes delivery gives them too.
 pub(super) fn is_answer(node: &NodeRef<'_>) -> bool {
-    match node.tag.as_ref() {
-        "iq" => node.get_attr("type").is_some_and(|kind| matches!(kind.as_str().as_ref(), "result" | "error")),
-        "ack" => true,
-        _ => false,
-    }
+    let answers = |kind: &str| matches!(kind, "result" | "error");
+    node.tag.as_ref() == "iq" && node.get_attr("type").is_some_and(|kind| answers(kind.as_str().as_ref()))
 }
 
 /// Whether the stanza carries a message.
@@ -160,7 +164,7 @@ mod tests {
         assert_eq!(coded("409"), Some((Certainty::Ending, CloseReason::Replaced)));
         assert_eq!(coded("429"), Some((Certainty::EndNow, CloseReason::RateLimited)));
         assert_eq!(coded("503"), Some((Certainty::EndNow, CloseReason::ServerError { code: 503 })));
-        assert_eq!(coded("777"), Some((Certainty::Maybe, CloseReason::Refused { code: 777 })));
+        assert_eq!(coded("777"), Some((Certainty::Maybe, CloseReason::StreamError { code: 777 })));
         let conflict = |kind: &str| {
             let child = NodeBuilder::new("conflict").attr("type", kind).build();
             read(&NodeBuilder::new("stream:error").children([child]).build()).unwrap().1
@@ -168,7 +172,9 @@ mod tests {
         assert_eq!(conflict("replaced"), CloseReason::Replaced);
         assert_eq!(conflict("device_removed"), CloseReason::LoggedOut { code: 401 });
         let owed = NodeBuilder::new("stream:error").children([NodeBuilder::new("ack").attr("id", "1").build()]).build();
-        assert_eq!(read(&owed), None, "the stream end that follows says enough");
+        assert_eq!(read(&owed), Some((Certainty::Ending, CloseReason::AckOwed)));
+        let unknown = NodeBuilder::new("stream:error").children([NodeBuilder::new("something-new").build()]).build();
+        assert_eq!(read(&unknown), Some((Certainty::Maybe, CloseReason::StreamError { code: 0 })));
     }
 
     #[test]

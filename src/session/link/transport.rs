@@ -62,6 +62,8 @@ pub(super) enum Reached {
     Nothing,
     /// Not even through the proxy.
     Proxy(ProxyFault),
+    /// The upgrade to WebSocket was answered with this HTTP status.
+    Status(u16),
     /// The server closed before it spoke.
     Dropped,
     /// Connected, and no byte came back in time.
@@ -72,6 +74,7 @@ pub(super) enum Reached {
 
 #[derive(Default)]
 struct Story {
+    status: Option<u16>,
     opened_at: Option<Instant>,
     proxy_fault: Option<ProxyFault>,
     heard: bool,
@@ -130,7 +133,11 @@ impl SocketSlot {
     pub(super) fn reached(&self) -> Reached {
         let story = lock(&self.story);
         match story.opened_at {
-            None => story.proxy_fault.map_or(Reached::Nothing, Reached::Proxy),
+            None => match (story.proxy_fault, story.status) {
+                (Some(fault), _) => Reached::Proxy(fault),
+                (None, Some(status)) => Reached::Status(status),
+                (None, None) => Reached::Nothing,
+            },
             Some(_) if story.ended_by_peer => Reached::Dropped,
             Some(_) if !story.heard || story.lasted >= HANDSHAKE_PATIENCE => Reached::Silence,
             Some(_) => Reached::Refusal,
@@ -204,8 +211,11 @@ impl LinkTransportFactory {
             .write_buffer_size(0)
             .max_message_size(Some(FRAME_BYTES_MAX))
             .max_frame_size(Some(FRAME_BYTES_MAX));
-        let (socket, _) = client_async_with_config(request, stream, Some(config)).await.context("WebSocket")?;
-        Ok(socket)
+        let upgraded = client_async_with_config(request, stream, Some(config)).await;
+        if let Err(WsError::Http(response)) = &upgraded {
+            lock(&self.slot.story).status = Some(response.status().as_u16());
+        }
+        Ok(upgraded.context("WebSocket")?.0)
     }
 }
 
