@@ -353,9 +353,13 @@ impl Promises {
             Removal::Contact(chat, aliases) => {
                 assert!(self.erasures.iter().any(|erasure| erasure.chat == *chat), "{chat:?} goes and nobody asked");
                 assert_eq!(before.aliases_of(*chat), *aliases, "an address of somebody erased still leads to {chat:?}");
-                let person = self.chats.iter().find(|(_, known)| *known == chat).map(|(person, _)| *person);
-                let Some(person) = person else { panic!("{chat:?} goes twice") };
-                self.chats.remove(&person);
+                let Some(contact) = before.chats.get(chat) else { panic!("{chat:?} goes twice") };
+                let person = people::person(contact);
+                if self.chats.get(&person) == Some(chat) {
+                    self.chats.remove(&person);
+                } else {
+                    assert!(self.forgotten_people.contains(&person), "person {person} had a second chat");
+                }
                 self.forgotten_people.insert(person);
                 // Whatever comes again after this is new.
                 let (gone, kept) =

@@ -32,14 +32,18 @@ impl Home {
         self.try_open().unwrap()
     }
 
-    /// A process that another test starts at this moment holds copies of all locks until it is another program.
     pub(super) fn try_open(&self) -> Result<Store, OpenError> {
-        let by = Instant::now() + Duration::from_secs(20);
-        loop {
-            match Store::open(&self.settings) {
-                Err(OpenError::InUse(_)) if Instant::now() < by => std::thread::sleep(Duration::from_millis(5)),
-                opened => return opened,
-            }
+        unlocked(|| Store::open(&self.settings))
+    }
+}
+
+/// A process that another test starts at this moment holds copies of all locks until it is another program.
+pub(super) fn unlocked<T>(mut open: impl FnMut() -> Result<T, OpenError>) -> Result<T, OpenError> {
+    let by = Instant::now() + Duration::from_secs(20);
+    loop {
+        match open() {
+            Err(OpenError::InUse(_)) if Instant::now() < by => std::thread::sleep(Duration::from_millis(5)),
+            opened => return opened,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
-use super::home::{Home, claim, on_disk, record};
+use super::home::{Home, claim, on_disk, record, unlocked};
 use crate::domain::id::NumberId;
 use crate::store::committer::RawOp;
 use crate::store::error::{OpenError, StoreError};
@@ -138,12 +138,12 @@ async fn the_master_key_is_changed_without_touching_a_value() {
     let first = MasterKeys::load(file).unwrap().newest_id();
     let second = MasterKeys::rotate(file, &settings.random).unwrap();
     assert_ne!(first, second);
-    let refused = Store::drop_older_masters(settings).unwrap_err();
+    let refused = unlocked(|| Store::drop_older_masters(settings)).unwrap_err();
     assert!(matches!(refused, OpenError::MasterKey(MasterKeyError::StillUsed { wrapped: 2 })), "{refused}");
     let store = home.open();
     store.close();
     drop(store);
-    assert_eq!(Store::drop_older_masters(settings).unwrap(), 1);
+    assert_eq!(unlocked(|| Store::drop_older_masters(settings)).unwrap(), 1);
     assert!(!fs::read_to_string(file).unwrap().contains(&first));
     let store = home.open();
     let number = claim(&store, 1).await;
