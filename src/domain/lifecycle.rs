@@ -738,20 +738,20 @@ mod tests {
     const NOW: Timestamp = Timestamp(1_000_000_000);
     /// A dash: the state stays. The last row is linking with a session; the first, linking that waits for its turn.
     const TABLE: &str = "
-             |Start|Stop|Pair|Granted|Paired|Online|Alive|Troubled|Relieved|Closed: connection lost|Tick
-unlinked     | - | stopped | linking+ask | -+leave | - | -+close | - | - | - | - | -
-linking      | - | stopped+leave | - | -+pair | - | -+close | - | - | - | - | -
-offline      | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | awaiting_gate+ask
-awaiting_gate| - | stopped+leave | - | connecting+connect | - | -+close | - | - | - | - | -
-connecting   | - | -+leave+close | - | -+leave | - | online | - | - | - | offline | -
-online       | - | -+leave+close | - | -+leave | - | - | - | degraded | - | offline | -
-degraded     | - | -+leave+close | - | -+leave | - | - | - | - | online | offline | -
-parked       | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | awaiting_gate+ask
-replaced     | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | -
-logged_out   | - | - | linking+ask | -+leave | - | -+close | - | - | - | - | -
-stopped      | awaiting_gate+ask | - | - | -+leave | - | -+close | - | - | - | - | -
-quarantined  | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | -
-linking      | - | -+leave+close | - | -+leave | - | online | - | - | - | unlinked | -
+             |Start|Stop|Pair|Granted|Paired|Online|Alive|Troubled|Relieved|Closed: connection lost|Way closed|Way open|Tick
+unlinked     | - | stopped | linking+ask | -+leave | - | -+close | - | - | - | - | - | - | -
+linking      | - | stopped+leave | - | -+pair | - | -+close | - | - | - | - | - | - | -
+offline      | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | - | awaiting_gate+ask | awaiting_gate+ask
+awaiting_gate| - | stopped+leave | - | connecting+connect | - | -+close | - | - | - | - | offline+leave | - | -
+connecting   | - | -+leave+close | - | -+leave | - | online | - | - | - | offline | - | - | -
+online       | - | -+leave+close | - | -+leave | - | - | - | degraded | - | offline | - | - | -
+degraded     | - | -+leave+close | - | -+leave | - | - | - | - | online | offline | - | - | -
+parked       | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | - | - | awaiting_gate+ask
+replaced     | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | - | - | -
+logged_out   | - | - | linking+ask | -+leave | - | -+close | - | - | - | - | - | - | -
+stopped      | awaiting_gate+ask | - | - | -+leave | - | -+close | - | - | - | - | - | - | -
+quarantined  | awaiting_gate+ask | stopped | - | -+leave | - | -+close | - | - | - | - | - | - | -
+linking      | - | -+leave+close | - | -+leave | - | online | - | - | - | unlinked | - | - | -
 ";
     const BACKOFF: Duration = Duration::from_secs(7);
 

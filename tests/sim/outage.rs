@@ -118,7 +118,7 @@ fn a_day_without_one_endpoint_loses_nothing_and_delays_nobody() {
     let mut world = World::planned(20_261_122, plan());
     world.calm = true;
     world.outside(1, Happens::Nudges);
-    world.until("online", |world| world.state() == Some(State::Online));
+    world.until("online", |world| world.state().is_some_and(State::is_connected));
     for count in 1..=2 {
         world.add_endpoint();
         world.until("subscribed", |world| world.promises.hooks.known().count() == count);
@@ -132,7 +132,7 @@ fn a_day_without_one_endpoint_loses_nothing_and_delays_nobody() {
     for part in 0..=RESTARTS {
         if part > 0 {
             world.crash();
-            world.until("online again", |world| world.state() == Some(State::Online));
+            world.until("online again", |world| world.state().is_some_and(State::is_connected));
         }
         most = most.max(world.busy_until(world.now + DOWN_FOR / (RESTARTS + 1), down));
     }

@@ -100,7 +100,7 @@ impl World {
     fn is_settled(&self) -> bool {
         let Some(number) = &self.number else { return false };
         self.draining.is_none()
-            && number.life().state == State::Online
+            && number.life().state.is_connected()
             && number.outbox().is_empty()
             && self.callers.all_answered()
             && self.waiters.is_empty()

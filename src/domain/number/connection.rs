@@ -67,6 +67,14 @@ impl Number {
             return;
         }
         let under_way = matches!(self.life.state, State::AwaitingGate | State::Connecting | State::Linking);
+        let rests = matches!(self.life.state, State::Parked { .. } | State::Replaced | State::LoggedOut);
+        if !self.counters.announced_connected && rests && closing.is_some() {
+            // It was told to come back by itself, and will not, or not soon.
+            let reconnecting = matches!(self.life.state, State::Parked { .. });
+            let reason = self.life.reason.clone();
+            self.record_event(EventBody::NumberDisconnected { reason, reconnecting }, now, draft);
+            return;
+        }
         if !self.counters.announced_connected
             || (under_way && closing.is_none_or(|reason| *reason == CloseReason::Recycled))
         {
