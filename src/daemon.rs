@@ -129,7 +129,7 @@ struct LinkedOpener(Arc<LinkEnvironment>);
 impl Opener for LinkedOpener {
     fn open(&self, request: OpenRequest) -> SessionHandle {
         let purpose = match request.purpose {
-            OpenPurpose::Pair { expected } => Purpose::Pair { expected },
+            OpenPurpose::Pair { expected, by } => Purpose::Pair { expected, by },
             OpenPurpose::Connect => Purpose::Connect,
         };
         let OpenRequest { store, proxy, slot, events, span, .. } = request;

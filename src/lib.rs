@@ -63,6 +63,9 @@
 //! | the same request id sends once, and is answered again, also after a crash | `it::contract`, `it::restart`, `it::answers` |
 //! | events are numbered without a gap | `it::story::what_a_phone_writes_arrives_as_webhook_event_and_history` |
 //! | no Signal message key is used twice | the sandbox counts; `it::restart`, `it::story`, the demo |
+//! | every state answers every input of its connection, and each ending has its verdict | `domain::lifecycle::tests`, `it::verdicts` |
+//! | no number is shown online without an answer; a dead line is noticed | `session::link::signals::tests`, `it::verdicts` |
+//! | only the phone that is meant gets linked; unlinked, a number keeps what it has | `it::linking` |
 //! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
 //! | never two sockets of one number | `domain::lifecycle::tests::nothing_connects_that_must_not`; the sandbox counts |
 //! | never more or faster connections than the gate allows; nobody waits for ever; a fleet comes back by itself | `domain::gate::tests`, `sim::gate` |

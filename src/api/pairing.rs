@@ -10,7 +10,7 @@ use super::drain::Drain;
 use super::error::{ApiError, Reason};
 use super::service::Api;
 use crate::domain::access::Caller;
-use crate::domain::lifecycle::{Desired, State};
+use crate::domain::lifecycle::{Desired, LinkBy, State};
 use crate::domain::phone::Phone;
 use crate::domain::time::Timestamp;
 use crate::number::handle::{NumberView, Pairing};
@@ -29,6 +29,13 @@ pub enum PairingStep {
     /// Show this code.
     QrCode {
         /// The text to encode.
+        code: String,
+        /// Until when it works.
+        expires_at: Timestamp,
+    },
+    /// Show this code, to be typed into the phone.
+    PairingCode {
+        /// Two groups of four letters and digits.
         code: String,
         /// Until when it works.
         expires_at: Timestamp,
@@ -65,7 +72,7 @@ impl Api {
     ///
     /// # Errors
     /// See the contract.
-    pub async fn pair_number(&self, caller: Caller, named: &str) -> Result<PairingWatch, ApiError> {
+    pub async fn pair_number(&self, caller: Caller, named: &str, by: LinkBy) -> Result<PairingWatch, ApiError> {
         let record = self.number_meant(caller, named)?;
         let handle = self.handle_of(record.id)?;
         let mut views = handle.watch_view();
@@ -76,7 +83,7 @@ impl Api {
         if before.desired == Desired::Stopped || before.state == State::Stopped {
             return Err(Reason::NumberStopped.into());
         }
-        handle.control(Control::Pair).await?;
+        handle.control(Control::Pair(by)).await?;
         views.mark_changed();
         Ok(PairingWatch {
             views,
@@ -109,7 +116,8 @@ impl PairingWatch {
                 () = self.drain.begun() => return Err(Reason::Draining.into()),
             }
             let view = self.views.borrow_and_update().clone();
-            let fresh = view != self.before || matches!(view.pairing, Pairing::QrCode { .. } | Pairing::Paired);
+            let fresh = view != self.before
+                || matches!(view.pairing, Pairing::QrCode { .. } | Pairing::Code { .. } | Pairing::Paired);
             if let Some(step) = self.progress.step(&view, fresh, &self.phone) {
                 // Several steps may have fallen into one view: look at it again.
                 self.views.mark_changed();
@@ -139,6 +147,10 @@ impl Progress {
                 self.last_code = Some(code.clone());
                 Some(PairingStep::QrCode { code: code.clone(), expires_at: *expires_at })
             }
+            (Pairing::Code { code, expires_at }, _) if self.last_code.as_ref() != Some(code) => {
+                self.last_code = Some(code.clone());
+                Some(PairingStep::PairingCode { code: in_groups(code), expires_at: *expires_at })
+            }
             (Pairing::Failed, State::Unlinked | State::LoggedOut)
             | (_, State::LoggedOut | State::Stopped | State::Replaced | State::Quarantined | State::Parked { .. }) => {
                 self.over = true;
@@ -147,6 +159,14 @@ impl Progress {
             }
             _ => None,
         }
+    }
+}
+
+/// As phones show it.
+fn in_groups(code: &str) -> String {
+    match code.split_at_checked(code.len() / 2) {
+        Some((first, second)) => format!("{first}-{second}"),
+        None => code.to_owned(),
     }
 }
 
@@ -191,7 +211,7 @@ mod tests {
 
     fn names(views: &[NumberView]) -> Vec<String> {
         let name = |step: &PairingStep| match step {
-            PairingStep::QrCode { code, .. } => code.clone(),
+            PairingStep::QrCode { code, .. } | PairingStep::PairingCode { code, .. } => code.clone(),
             PairingStep::Paired(_) => "paired".to_owned(),
             PairingStep::Online => "online".to_owned(),
             PairingStep::Failed(reason) => reason.clone(),

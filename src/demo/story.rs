@@ -175,7 +175,7 @@ async fn subscribe(stage: &Stage, number: &OwnedNumber) -> Result<(), DemoError>
 }
 
 async fn link(stage: &Stage, tenant: &Caller, number: &OwnedNumber) -> Result<(), DemoError> {
-    let request = proto::PairNumberRequest { number: number.id.clone() };
+    let request = proto::PairNumberRequest { number: number.id.clone(), ..Default::default() };
     let mut steps = tenant.numbers().pair_number(request).await?.into_inner();
     let phones = stage.phones();
     let mut scanned = false;
@@ -187,7 +187,7 @@ async fn link(stage: &Stage, tenant: &Caller, number: &OwnedNumber) -> Result<()
                 phones.scan(&number.phone, &shown.code).await?;
                 scanned = true;
             }
-            Some(Step::QrCode(_) | Step::Paired(_)) => {}
+            Some(Step::QrCode(_) | Step::PairingCode(_) | Step::Paired(_)) => {}
             Some(Step::Online(_)) => return Ok(()),
             Some(Step::Failed(failed)) => return Err(DemoError::NotVerified(format!("linking: {}", failed.reason))),
             None => return Err(DemoError::NotVerified("linking ended without an outcome".to_owned())),

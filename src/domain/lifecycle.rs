@@ -139,6 +139,16 @@ pub enum Desired {
     Stopped,
 }
 
+/// What a phone is given to link a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LinkBy {
+    /// A QR code to scan.
+    #[default]
+    QrCode,
+    /// A code to type in.
+    PairingCode,
+}
+
 /// What a session is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Purpose {

@@ -75,6 +75,8 @@ pub struct NumberState {
     pub(super) through: Option<Passage>,
     pub(super) connection: Connection,
     pub(super) next_connection: u64,
+    /// What the phone is given that is to be linked.
+    pub(super) link_by: lifecycle::LinkBy,
     pub(super) waiters: HashMap<ReplyId, Waiter>,
     pub(super) next_reply: u64,
     pub(super) wake: Option<(Timestamp, AbortHandle)>,
@@ -141,6 +143,7 @@ impl Actor for NumberActor {
             through: None,
             connection: Connection::None,
             next_connection: 1,
+            link_by: lifecycle::LinkBy::default(),
             waiters: HashMap::new(),
             next_reply: 1,
             wake: None,
@@ -366,7 +369,13 @@ impl NumberState {
         match control {
             Control::Start => self.step(Input::Life(lifecycle::Input::Start), myself),
             Control::Stop => self.step(Input::Life(lifecycle::Input::Stop), myself),
-            Control::Pair => self.step(Input::Life(lifecycle::Input::Pair), myself),
+            Control::Pair(by) => {
+                // Whoever joins in gets what is shown already.
+                if !self.loaded.as_ref().is_some_and(|loaded| loaded.number.life().state == lifecycle::State::Linking) {
+                    self.link_by = by;
+                }
+                self.step(Input::Life(lifecycle::Input::Pair), myself);
+            }
             Control::Reroute => self.reroute(myself),
             Control::Logout => {
                 if let Connection::Open { commands, .. } = &self.connection {
@@ -390,6 +399,10 @@ impl NumberState {
             FromSession::QrCode { code, valid_for } => {
                 let expires_at = now.after(valid_for);
                 self.handle.change_view(|view| view.pairing = Pairing::QrCode { code, expires_at });
+            }
+            FromSession::PairingCode { code, valid_for } => {
+                let expires_at = now.after(valid_for);
+                self.handle.change_view(|view| view.pairing = Pairing::Code { code, expires_at });
             }
             FromSession::Paired => {
                 self.handle.change_view(|view| view.pairing = Pairing::Paired);

@@ -115,7 +115,7 @@ impl NumberState {
         let no = ConnectionNo(self.next_connection);
         self.next_connection += 1;
         let purpose = match purpose {
-            Purpose::Pair => OpenPurpose::Pair { expected: self.handle.phone().clone() },
+            Purpose::Pair => OpenPurpose::Pair { expected: self.handle.phone().clone(), by: self.link_by },
             Purpose::Connect => OpenPurpose::Connect,
         };
         let proxy = self.proxy();

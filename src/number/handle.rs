@@ -78,6 +78,13 @@ pub enum Pairing {
         /// When the next one replaces it.
         expires_at: Timestamp,
     },
+    /// Show this code, to be typed into the phone.
+    Code {
+        /// The code.
+        code: String,
+        /// Until when it works.
+        expires_at: Timestamp,
+    },
     /// The phone accepted; logging in.
     Paired,
     /// It came to nothing; the view's reason says why.
@@ -90,6 +97,7 @@ impl std::fmt::Debug for Pairing {
             Self::Idle => "Idle",
             Self::Starting => "Starting",
             Self::QrCode { .. } => "QrCode(…)",
+            Self::Code { .. } => "Code(…)",
             Self::Paired => "Paired",
             Self::Failed => "Failed",
         })

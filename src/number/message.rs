@@ -10,6 +10,7 @@ use crate::domain::close::CloseReason;
 use crate::domain::delivery::{AttemptEnd, DeliveryRow, Logged};
 use crate::domain::endpoint::Endpoint;
 use crate::domain::id::{ChatNo, MessageSeq};
+use crate::domain::lifecycle::LinkBy;
 use crate::domain::limiter::LockAnswer;
 use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, EndpointOrder, Receipted, ReplyId, SendRequest};
@@ -161,8 +162,8 @@ pub enum Control {
     Start,
     /// Disconnect and stay down.
     Stop,
-    /// Show QR codes, if it is not linked.
-    Pair,
+    /// Show codes, if it is not linked.
+    Pair(LinkBy),
     /// Unlink the device at WhatsApp.
     Logout,
     /// Its proxy is another one now: connect through that.
@@ -186,6 +187,7 @@ pub(super) enum Waiter {
 pub(super) enum FromSession {
     Opened(mpsc::Sender<SessionCommand>),
     QrCode { code: String, valid_for: Duration },
+    PairingCode { code: String, valid_for: Duration },
     Paired,
     Online,
     Alive,

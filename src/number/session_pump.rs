@@ -104,6 +104,7 @@ impl SessionPump {
     ) -> Result<Option<FromSession>, StoreError> {
         Ok(Some(match event {
             SessionEvent::QrCode { code, valid_for } => FromSession::QrCode { code, valid_for },
+            SessionEvent::PairingCode { code, valid_for } => FromSession::PairingCode { code, valid_for },
             SessionEvent::Paired { .. } => FromSession::Paired,
             SessionEvent::Online => FromSession::Online,
             SessionEvent::Alive => FromSession::Alive,

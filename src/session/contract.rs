@@ -56,6 +56,13 @@ pub enum SessionEvent {
         /// How long it is valid.
         valid_for: Duration,
     },
+    /// Show this code, to be typed into the phone.
+    PairingCode {
+        /// Eight letters and digits.
+        code: String,
+        /// How long it is valid.
+        valid_for: Duration,
+    },
     /// The phone accepted us and the credentials are durable.
     Paired {
         /// The account's phone number.

@@ -4,6 +4,7 @@ use async_trait::async_trait;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::contract::{SessionEvent, SessionHandle};
+use crate::domain::lifecycle::LinkBy;
 use crate::domain::phone::Phone;
 use crate::domain::proxy::Proxy;
 use crate::store::error::StoreError;
@@ -16,6 +17,8 @@ pub enum OpenPurpose {
     Pair {
         /// The number that must scan.
         expected: Phone,
+        /// What it is given.
+        by: LinkBy,
     },
     /// Log in with the stored device.
     Connect,

@@ -197,7 +197,7 @@ impl World {
 
 /// Links a number by QR code, as a person would. An error is the daemon gone in the middle of it.
 pub async fn link(tenant: &Caller, phones: Phones, number: &OwnedNumber) -> Result<(), tonic::Status> {
-    let request = proto::PairNumberRequest { number: number.id.clone() };
+    let request = proto::PairNumberRequest { number: number.id.clone(), ..Default::default() };
     let mut steps = tenant.numbers().pair_number(request).await?.into_inner();
     let mut scanned = false;
     while let Some(step) = steps.message().await? {
@@ -209,7 +209,7 @@ pub async fn link(tenant: &Caller, phones: Phones, number: &OwnedNumber) -> Resu
                     .map_err(|error| tonic::Status::aborted(error.to_string()))?;
                 scanned = true;
             }
-            Step::QrCode(_) | Step::Paired(_) => {}
+            Step::QrCode(_) | Step::PairingCode(_) | Step::Paired(_) => {}
             Step::Online(_) => return Ok(()),
             Step::Failed(failed) => return Err(tonic::Status::failed_precondition(failed.reason)),
         }

@@ -225,7 +225,7 @@ impl World {
     }
 
     pub(crate) async fn link(&self, tenant: &Caller, number: &OwnedNumber) {
-        let request = proto::PairNumberRequest { number: number.id.clone() };
+        let request = proto::PairNumberRequest { number: number.id.clone(), ..Default::default() };
         let mut steps = tenant.numbers().pair_number(request).await.unwrap().into_inner();
         let mut scanned = false;
         let linked = async {
@@ -235,7 +235,7 @@ impl World {
                         self.phones.scan(&number.phone, &shown.code).await.unwrap();
                         scanned = true;
                     }
-                    Step::QrCode(_) | Step::Paired(_) => {}
+                    Step::QrCode(_) | Step::PairingCode(_) | Step::Paired(_) => {}
                     Step::Online(_) => return,
                     Step::Failed(failed) => panic!("linking failed: {}", failed.reason),
                 }

@@ -31,6 +31,8 @@ mod hostile;
 mod inbound;
 // Tenants see nothing of each other.
 mod isolation;
+// By QR or typed code, refused for another phone, undone from either side, and again.
+mod linking;
 // Scheduled sends, deadlines, withdrawals; a lock that survives a kill.
 mod outbox;
 // Numbers behind proxies; one that is down is tried by one number at a time.

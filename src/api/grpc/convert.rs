@@ -13,7 +13,7 @@ use crate::domain::delivery::DeadLetter;
 use crate::domain::endpoint::EndpointStatus;
 use crate::domain::event::{Event, EventBody};
 use crate::domain::id::{EventId, MessageId};
-use crate::domain::lifecycle::{Attention, Desired};
+use crate::domain::lifecycle::{Attention, Desired, LinkBy};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::{Direction, FailureCode, MessageStatus};
 use crate::domain::number::CancelOutcome;
@@ -264,11 +264,26 @@ pub(super) fn dead_letter((event, dead): (EventId, DeadLetter)) -> pb::DeadLette
     }
 }
 
+/// What the phone is given.
+///
+/// # Errors
+/// A method that does not exist.
+pub(super) fn link_by(method: i32) -> Result<LinkBy, ApiError> {
+    match pb::PairingMethod::try_from(method) {
+        Ok(pb::PairingMethod::Unspecified | pb::PairingMethod::QrCode) => Ok(LinkBy::QrCode),
+        Ok(pb::PairingMethod::PairingCode) => Ok(LinkBy::PairingCode),
+        Err(_) => Err(ApiError::field("method", "is not a pairing method")),
+    }
+}
+
 pub(super) fn pairing_step(step: PairingStep) -> pb::PairNumberResponse {
     use pb::pair_number_response::Step as Wire;
     let step = match step {
         PairingStep::QrCode { code, expires_at } => {
             Wire::QrCode(pb::QrCode { code, expire_time: Some(time(expires_at)) })
+        }
+        PairingStep::PairingCode { code, expires_at } => {
+            Wire::PairingCode(pb::PairingCode { code, expire_time: Some(time(expires_at)) })
         }
         PairingStep::Paired(phone) => Wire::Paired(pb::Paired { phone_number: phone.e164() }),
         PairingStep::Online => Wire::Online(pb::PairedOnline {}),

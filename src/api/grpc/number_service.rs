@@ -101,7 +101,8 @@ impl pb::number_service_server::NumberService for Service {
         let call = self.begin("PairNumber");
         let outcome = async {
             let caller = self.caller(&request)?;
-            let watch = self.api.pair_number(caller, &request.get_ref().number).await?;
+            let by = convert::link_by(request.get_ref().method)?;
+            let watch = self.api.pair_number(caller, &request.get_ref().number, by).await?;
             Ok(pairing_stream(watch))
         };
         call.answer(outcome.await)

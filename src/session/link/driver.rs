@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
+use whatsapp_rust::pair_code::PairCodeOptions;
 use whatsapp_rust::types::events::{InboundMessage, Subscription};
 use whatsapp_rust::wacore::iq::keepalive::KeepaliveSpec;
 use whatsapp_rust::{Client, RawNodeLease, RetryRequestOptions};
@@ -33,6 +34,7 @@ use super::signals::{QUEUE_MAX, RECOVERED_MAX, Signals};
 use super::stanza::Certainty;
 use super::transport::{Reached, SocketSlot};
 use crate::domain::close::CloseReason;
+use crate::domain::lifecycle::LinkBy;
 use crate::domain::trouble::Trouble;
 use crate::session::contract::{SendError, SessionCommand, SessionEvent};
 use crate::store::number_store::NumberStore;
@@ -45,6 +47,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(130);
 const SCAN_WITHIN: Duration = Duration::from_secs(300);
 /// From the scan to `Online`: the library gives the first app-state sync 180 s.
 const FIRST_LOGIN_WITHIN: Duration = Duration::from_secs(240);
+/// How long a pairing code works at WhatsApp.
+const CODE_VALID_FOR: Duration = Duration::from_secs(180);
 /// How often a session looks at its deadlines.
 const TICK: Duration = Duration::from_secs(15);
 /// Without an answer for so long we ask ourselves. The library asks after 15 to 30 s, but only when nothing at
@@ -107,11 +111,11 @@ async fn session(environment: Arc<LinkEnvironment>, params: LinkParams, commands
     let LinkParams { store, purpose, proxy, slot, events, span } = params;
     let (queue, entries) = mpsc::channel(QUEUE_MAX);
     let (recovered, recoveries) = mpsc::channel(RECOVERED_MAX);
-    let expected = match &purpose {
-        Purpose::Pair { expected } => Some(expected.clone()),
-        Purpose::Connect => None,
+    let (expected, by) = match &purpose {
+        Purpose::Pair { expected, by } => (Some(expected.clone()), *by),
+        Purpose::Connect => (None, LinkBy::default()),
     };
-    let signals = Signals::new(expected, queue, recovered);
+    let signals = Signals::new(expected, by, queue, recovered);
     let (finish, last) = oneshot::channel();
     let mut pumping = JoinSet::new();
     pumping.spawn(pump(signals.clone(), entries, events, last).instrument(span.clone()));
@@ -310,11 +314,30 @@ impl Connection<'_> {
                 self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
             }
         }
+        if self.signals().takes_code() {
+            self.ask_for_code();
+        }
         if self.signals().is_unproved() {
             self.ask();
         }
         self.ask_for_lost();
         self.announce().await
+    }
+
+    /// Asks WhatsApp for a code to be typed into the phone.
+    fn ask_for_code(&mut self) {
+        let Some(phone) = self.signals().expected.clone() else { return };
+        let (client, signals) = (self.client.clone(), self.signals().clone());
+        let ask = async move {
+            let wanted = PairCodeOptions { phone_number: phone.digits().to_owned(), ..PairCodeOptions::default() };
+            match timeout(ANSWER_WITHIN, Box::pin(client.pair_with_code(wanted))).await {
+                Ok(Ok(code)) => signals.tell(SessionEvent::PairingCode { code, valid_for: CODE_VALID_FOR }),
+                Ok(Err(_)) | Err(_) => {
+                    signals.end(CloseReason::PairingRefused { code: "PAIRING_CODE_REFUSED".to_owned() });
+                }
+            }
+        };
+        self.asking.spawn(Box::pin(ask).instrument(self.span.clone()));
     }
 
     /// Asks the senders of messages that a crash has lost. They stay unacknowledged, so what is not asked now is asked

@@ -19,17 +19,19 @@ use super::session::wall_clock;
 use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
 use crate::domain::close::CloseReason;
+use crate::domain::lifecycle::LinkBy;
 use crate::domain::time::Timestamp;
 use crate::domain::trouble::Trouble;
 use crate::session::contract::{ReceiptKind, SessionEvent};
 
 /// Exactly what is read below: an event nobody subscribes to is not even built.
-const INTEREST: [EventKind; 14] = [
+const INTEREST: [EventKind; 15] = [
     EventKind::RawNode,
     EventKind::Connected,
     EventKind::Disconnected,
     EventKind::PairingQrCode,
     EventKind::PairingQrCodesExhausted,
+    EventKind::PairingCodeRefresh,
     EventKind::PairSuccess,
     EventKind::PairError,
     EventKind::PairPasskeyRequest,
@@ -67,6 +69,9 @@ impl Handler {
             }
             Event::Connected(_) => self.signals.connected(),
             Event::Disconnected(disconnected) => self.disconnected(disconnected),
+            // The server is ready to link: the first one says so to whoever wants a code as well.
+            Event::PairingQrCode(_) if self.signals.link_by == LinkBy::PairingCode => self.signals.want_first_code(),
+            Event::PairingCodeRefresh(_) => self.signals.want_code(),
             Event::PairingQrCode(qr) => {
                 self.signals.tell(SessionEvent::QrCode { code: qr.code.clone(), valid_for: qr.timeout });
             }
@@ -197,7 +202,7 @@ mod tests {
     fn handler(expected: &str) -> (Handler, Arc<Signals>, mpsc::Receiver<Queued>) {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
-        let signals = Signals::new(Phone::parse(expected).ok(), queue, late);
+        let signals = Signals::new(Phone::parse(expected).ok(), LinkBy::QrCode, queue, late);
         let handler = Handler { signals: signals.clone() };
         (handler, signals, entries)
     }

@@ -176,6 +176,7 @@ impl InboundDurabilityHook for Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::lifecycle::LinkBy;
     use crate::session::contract::NotDurable;
     use crate::session::link::signals::Queued;
     use tokio::sync::mpsc;
@@ -238,7 +239,8 @@ mod tests {
     fn inbox() -> (Arc<Inbox>, mpsc::Receiver<Queued>) {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
-        let inbox = Inbox { signals: Signals::new(None, queue, late), durable_within: Duration::from_secs(3) };
+        let inbox =
+            Inbox { signals: Signals::new(None, LinkBy::QrCode, queue, late), durable_within: Duration::from_secs(3) };
         (Arc::new(inbox), entries)
     }
 

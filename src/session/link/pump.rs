@@ -120,12 +120,13 @@ pub(super) async fn pump(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::lifecycle::LinkBy;
 
     #[tokio::test]
     async fn closed_is_the_last_event_and_nothing_before_it_is_lost() {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
-        let signals = Signals::new(None, queue, late);
+        let signals = Signals::new(None, LinkBy::QrCode, queue, late);
         let (events, mut told) = mpsc::channel(16);
         let (finish, last) = oneshot::channel();
         for _ in 0..5 {
@@ -146,7 +147,7 @@ mod tests {
     async fn a_number_that_is_gone_closes_its_session() {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
-        let signals = Signals::new(None, queue, late);
+        let signals = Signals::new(None, LinkBy::QrCode, queue, late);
         let (events, told) = mpsc::channel(16);
         drop(told);
         let (finish, last) = oneshot::channel();

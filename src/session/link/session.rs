@@ -6,6 +6,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use super::driver::drive;
 use super::environment::LinkEnvironment;
+use crate::domain::lifecycle::LinkBy;
 use crate::domain::phone::Phone;
 use crate::domain::proxy::Proxy;
 use crate::domain::time::Timestamp;
@@ -20,6 +21,8 @@ pub enum Purpose {
     Pair {
         /// The number this link is for.
         expected: Phone,
+        /// What it is given.
+        by: LinkBy,
     },
     /// Log in with the credentials in the store.
     Connect,

@@ -20,6 +20,7 @@ use super::barrier::Barrier;
 use super::repeats::{ASKED_MAX, Asked, AskedName};
 use super::stanza::Certainty;
 use crate::domain::close::CloseReason;
+use crate::domain::lifecycle::LinkBy;
 use crate::domain::phone::{Lid, Phone};
 use crate::domain::time::Timestamp;
 use crate::domain::trouble::Trouble;
@@ -30,6 +31,8 @@ use crate::session::contract::{Incoming, ReceiptKind, SessionEvent};
 pub(super) const QUEUE_MAX: usize = 1024;
 /// Recovered messages waiting for the disk.
 pub(super) const RECOVERED_MAX: usize = 64;
+/// Pairing codes of one session.
+const CODES_MAX: u8 = 3;
 /// Shortest time between two `Alive` events: the number wants to know that it lives, not every beat.
 const ALIVE_EVERY: Duration = Duration::from_secs(25);
 
@@ -67,6 +70,14 @@ pub(super) struct PairedAs {
     pub(super) lid: Option<Lid>,
 }
 
+/// Whether a pairing code is to be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum CodeRequest {
+    #[default]
+    Idle,
+    Wanted,
+}
+
 #[derive(Default)]
 struct Progress {
     ending: Option<(Certainty, CloseReason)>,
@@ -75,6 +86,8 @@ struct Progress {
     last_heard: Option<Instant>,
     /// Logged in and drained, without a word from the server that answers us.
     unproved: bool,
+    code: CodeRequest,
+    codes: u8,
     /// What is wrong with the connection.
     troubles: Vec<Trouble>,
     last_alive: Option<Instant>,
@@ -84,6 +97,8 @@ struct Progress {
 pub(super) struct Signals {
     /// The phone a pairing is for.
     pub(super) expected: Option<Phone>,
+    /// What it is given.
+    pub(super) link_by: LinkBy,
     progress: Mutex<Progress>,
     wake: Notify,
     online: AtomicBool,
@@ -107,11 +122,13 @@ pub(super) struct Signals {
 impl Signals {
     pub(super) fn new(
         expected: Option<Phone>,
+        link_by: LinkBy,
         queue: mpsc::Sender<Queued>,
         recovered: mpsc::Sender<InboundMessage>,
     ) -> Arc<Self> {
         Arc::new(Self {
             expected,
+            link_by,
             progress: Mutex::default(),
             wake: Notify::new(),
             online: AtomicBool::new(false),
@@ -272,6 +289,31 @@ impl Signals {
             }
         }
         self.wake.notify_one();
+    }
+
+    /// The server is ready to link.
+    pub(super) fn want_first_code(&self) {
+        if self.progress().codes == 0 {
+            self.want_code();
+        }
+    }
+
+    /// The code that is shown works no longer.
+    pub(super) fn want_code(&self) {
+        let mut progress = self.progress();
+        if progress.codes >= CODES_MAX {
+            drop(progress);
+            return self.end(CloseReason::PairingEnded);
+        }
+        progress.codes += 1;
+        progress.code = CodeRequest::Wanted;
+        drop(progress);
+        self.wake.notify_one();
+    }
+
+    /// Takes over to ask for a code, if one is wanted.
+    pub(super) fn takes_code(&self) -> bool {
+        std::mem::take(&mut self.progress().code) == CodeRequest::Wanted
     }
 
     /// Something is wrong with the connection. Told once it stands.
@@ -488,7 +530,7 @@ mod tests {
     fn signals() -> (Arc<Signals>, mpsc::Receiver<Queued>) {
         let (queue, entries) = mpsc::channel(4);
         let (late, _) = mpsc::channel(1);
-        (Signals::new(None, queue, late), entries)
+        (Signals::new(None, LinkBy::QrCode, queue, late), entries)
     }
 
     #[tokio::test]
