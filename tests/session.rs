@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use switchboard::domain::close::CloseReason;
 use switchboard::domain::id::{MessageSeq, NumberId, TenantId};
+use switchboard::domain::lifecycle::LinkBy;
 use switchboard::domain::message::{Content, Direction};
 use switchboard::domain::outbox::Devices;
 use switchboard::domain::phone::{Contact, Phone};
@@ -218,7 +219,7 @@ impl Number {
 
     fn pair(&mut self) {
         let expected = Phone::parse(self.phone).unwrap();
-        self.open(Purpose::Pair { expected });
+        self.open(Purpose::Pair { expected, by: LinkBy::QrCode });
     }
 
     fn connect(&mut self) {

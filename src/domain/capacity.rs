@@ -140,7 +140,7 @@ impl Basis {
         };
         let (outlook, outlook_new) = (outlook(self.outlook), outlook(self.outlook_new));
         let queued = outlook.limiting == Limiting::NumberRate;
-        let sends = self.state == State::Online && !paused && !queued;
+        let sends = self.state.is_connected() && !paused && !queued;
         Capacity {
             state: self.state,
             health: self.health(paused),
@@ -156,6 +156,7 @@ impl Basis {
 
     fn health(&self, paused: bool) -> Health {
         match self.state {
+            State::Degraded => Health::Limited,
             State::Online if paused || self.held => Health::Limited,
             State::Online => Health::Good,
             State::AwaitingGate | State::Connecting | State::Linking => Health::Recovering,

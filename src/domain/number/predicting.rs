@@ -81,8 +81,10 @@ impl Number {
     /// When it will be connected, if it comes back by itself.
     fn connected_at(&self, now: Timestamp) -> Option<Timestamp> {
         match self.life.state {
-            State::Online if self.distrusted_since.is_none() => Some(now),
-            State::Online | State::AwaitingGate | State::Connecting => Some(now.after(CONNECTING_TAKES)),
+            State::Online | State::Degraded if self.distrusted_since.is_none() => Some(now),
+            State::Online | State::Degraded | State::AwaitingGate | State::Connecting => {
+                Some(now.after(CONNECTING_TAKES))
+            }
             state => state.next_attempt().map(|at| at.max(now).after(CONNECTING_TAKES)),
         }
     }

@@ -36,7 +36,7 @@ impl Number {
         self.catch_up = more.then(|| now.after(CATCH_UP_AFTER));
         self.set_new_chats(self.new_chats.at(now), draft);
         self.limiter.age(now);
-        if self.life.state == State::Online && self.limiter.warm(now) {
+        if self.life.state.is_connected() && self.limiter.warm(now) {
             draft.changes.push(self.limiter_change());
         }
     }
