@@ -7,7 +7,6 @@ use super::interface::{CancelOutcome, CancelTarget, Counted, Effect, Reply, Repl
 use super::machine::{Draft, Number, Then};
 use crate::domain::change::Change;
 use crate::domain::id::MessageSeq;
-use crate::domain::lifecycle::State;
 use crate::domain::limiter::{LockAnswer, LockReason, NewChats};
 use crate::domain::message::{FailureCode, MessageStatus};
 use crate::domain::orders::SendingOrders;
@@ -138,6 +137,7 @@ mod tests {
     use super::*;
     use crate::domain::change::Change;
     use crate::domain::id::{ChatNo, NumberId};
+    use crate::domain::lifecycle::State;
     use crate::domain::limiter::{HOLD_DEFAULT, Limits};
     use crate::domain::message::{Content, Direction};
     use crate::domain::number::{Arrived, Input, OnUnknown, SendRequest, SendingRules, Snapshot, Ticket};
