@@ -4,13 +4,15 @@
 use std::error::Error;
 use std::path::PathBuf;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
+    "switchboard/v1/capacity.proto",
     "switchboard/v1/event.proto",
     "switchboard/v1/message.proto",
     "switchboard/v1/number.proto",
     "switchboard/v1/operator.proto",
     "switchboard/v1/tenant.proto",
     "switchboard/v1/webhook.proto",
+    "xds/service/orca/v3/orca.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -35,6 +35,7 @@ use crate::supervisor::gate::ConnectGate;
 use crate::supervisor::proxies::ProxyLines;
 use crate::telemetry::clock::{Clock, SystemClock};
 use crate::telemetry::failpoint::{self, Failpoint};
+use crate::telemetry::load::LoadMeter;
 use crate::telemetry::metrics::Exposition;
 use crate::telemetry::rng::Random;
 use crate::webhook::client::{self, WebhookClient};
@@ -190,6 +191,7 @@ impl Daemon {
             proxy_policy: proxy_policy(config),
             drain: public_drain.1.clone(),
             stream_patience: config.api.stream_patience,
+            load: LoadMeter::new(config.api.concurrent_requests),
         });
         let _ = booted.set(fleet.clone());
         let limits =

@@ -54,6 +54,9 @@
 //! | what was answered is on disk | `it::restart::nothing_accepted_is_lost_or_shown_twice_when_killed_in_the_middle` |
 //! | one chat's sends leave in order, one at a time | `domain::outbox::tests::per_chat_order_holds`, `it::story` |
 //! | never sent early, late, withdrawn, or as a new chat during a hold | `sim::no_promise_breaks_in_any_storm` |
+//! | no limit is passed, also over restarts; nothing leaves during a pause | the same simulation (`pacing`), `domain::limiter::tests`, `it::router` |
+//! | the predicted wait is what happens, within the bound of the contract | `domain::number::predicting::tests` |
+//! | a router that goes by capacities loses and doubles nothing, and leaves a closed number at once | `it::router` |
 //! | what could not be decrypted gets its content in the same row, and is told once | `domain::number::receiving::tests`, `it::inbound` |
 //! | each of WhatsApp's answers to a message ends as its code says | `domain::ack::tests`, `it::answers` |
 //! | a device's request for a repeat is answered, also after a crash | `session::link::repeats`, `faults::kill` |

@@ -164,6 +164,8 @@ reasons! {
     QueueFull "QUEUE_FULL" ResourceExhausted 429 true "the number's queue is full",
     /// It would wait longer than its caller likes.
     WaitTooLong "WAIT_TOO_LONG" ResourceExhausted 429 true "the message would wait longer than max_wait",
+    /// Too many streams follow capacities.
+    TooManyWatchers "TOO_MANY_WATCHERS" ResourceExhausted 429 true "too many streams follow capacities",
     /// Too many calls at once for the number.
     NumberBusy "NUMBER_BUSY" ResourceExhausted 429 true "too many calls at once for this number",
     /// A message to the contact may just be leaving.
@@ -333,7 +335,8 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    const PROTOS: [&str; 6] = [
+    const PROTOS: [&str; 7] = [
+        include_str!("../../proto/switchboard/v1/capacity.proto"),
         include_str!("../../proto/switchboard/v1/event.proto"),
         include_str!("../../proto/switchboard/v1/message.proto"),
         include_str!("../../proto/switchboard/v1/number.proto"),

@@ -1,5 +1,6 @@
 //! What a caller may do: use cases with authorisation, in domain types, and the two wires they are reached by.
 
+pub mod capacity;
 pub mod drain;
 pub mod error;
 pub mod events;

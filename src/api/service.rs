@@ -5,9 +5,10 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 
+use super::capacity::WATCHERS_MAX;
 use super::drain::Drain;
 use super::error::{ApiError, Reason};
 use crate::domain::access::{Caller, PresentedKey, StoredKey};
@@ -19,6 +20,7 @@ use crate::store::meta::{KeySubject, NumberRecord};
 use crate::store::number_store::NumberStore;
 use crate::supervisor::fleet::Fleet;
 use crate::telemetry::clock::Clock;
+use crate::telemetry::load::LoadMeter;
 use crate::telemetry::rng::Random;
 use crate::webhook::guard::Policy;
 
@@ -48,6 +50,8 @@ pub struct Parts {
     pub drain: Drain,
     /// How long a stream waits for a client that does not read.
     pub stream_patience: Duration,
+    /// How busy the process is.
+    pub load: LoadMeter,
 }
 
 /// The use cases.
@@ -56,13 +60,18 @@ pub struct Api {
     pub(super) parts: Parts,
     /// What must not stop half-way when its caller hangs up.
     ongoing: Mutex<JoinSet<()>>,
+    /// Places for streams that follow capacities.
+    pub(super) capacity_watchers: Arc<Semaphore>,
+    /// Tells this life of the daemon from others.
+    pub(super) life: u64,
 }
 
 impl Api {
     /// The use cases over these parts.
     #[must_use]
     pub fn new(parts: Parts) -> Arc<Self> {
-        Arc::new(Self { parts, ongoing: Mutex::new(JoinSet::new()) })
+        let (capacity_watchers, life) = (Arc::new(Semaphore::new(WATCHERS_MAX)), parts.random.word());
+        Arc::new(Self { parts, ongoing: Mutex::new(JoinSet::new()), capacity_watchers, life })
     }
 
     /// The time.
@@ -75,6 +84,12 @@ impl Api {
     #[must_use]
     pub fn fleet(&self) -> &Fleet {
         &self.parts.fleet
+    }
+
+    /// How busy the process is.
+    #[must_use]
+    pub fn load(&self) -> &LoadMeter {
+        &self.parts.load
     }
 
     /// The end of the daemon.

@@ -12,6 +12,7 @@ pub(super) enum TokenKind {
     Messages = 3,
     Events = 4,
     History = 5,
+    Capacity = 6,
 }
 
 const WORD_BYTES: usize = 8;

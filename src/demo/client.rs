@@ -10,6 +10,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 
 use crate::api::grpc::proto;
+use crate::api::grpc::proto::capacity_service_client::CapacityServiceClient;
 use crate::api::grpc::proto::event_service_client::EventServiceClient;
 use crate::api::grpc::proto::message_service_client::MessageServiceClient;
 use crate::api::grpc::proto::number_service_client::NumberServiceClient;
@@ -101,6 +102,12 @@ impl Caller {
     #[must_use]
     pub fn events(&self) -> EventServiceClient<Keyed> {
         EventServiceClient::with_interceptor(self.channel.clone(), self.key.clone())
+    }
+
+    /// Capacities.
+    #[must_use]
+    pub fn capacity(&self) -> CapacityServiceClient<Keyed> {
+        CapacityServiceClient::with_interceptor(self.channel.clone(), self.key.clone())
     }
 
     /// Webhooks.

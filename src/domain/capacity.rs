@@ -117,13 +117,15 @@ pub struct Basis {
     pub held: bool,
     /// When any of this changed last.
     pub changed_at: Timestamp,
+    /// Counts the changes.
+    pub revision: u64,
 }
 
 impl Basis {
     /// Whether only time went by since `other`.
     #[must_use]
     pub fn says_the_same_as(&self, other: &Self) -> bool {
-        *self == Self { changed_at: self.changed_at, ..*other }
+        *self == Self { changed_at: self.changed_at, revision: self.revision, ..*other }
     }
 
     /// The capacity at a moment, as long as nothing happens until then.
@@ -239,6 +241,7 @@ mod tests {
             pause: None,
             held: false,
             changed_at: NOW,
+            revision: 0,
         }
     }
 

@@ -208,6 +208,13 @@ impl Actor for NumberActor {
                 let id = state.wait(Waiter::ChangeEndpoint(reply));
                 state.step(Input::Endpoint(ordinal, order, id), &myself);
             }
+            NumberMessage::Look(reply) => {
+                let now = state.environment.clock.now();
+                if let Some(loaded) = &state.loaded {
+                    state.handle.stats().set_capacity(loaded.number.basis(true, now));
+                }
+                let _ = reply.send(());
+            }
             NumberMessage::Ping => state.handle.answered(state.environment.clock.monotonic()),
             NumberMessage::Drain => {
                 state.draining = true;

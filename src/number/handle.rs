@@ -287,6 +287,22 @@ impl NumberHandle {
         }
     }
 
+    /// What it is doing now.
+    #[must_use]
+    pub fn view_state(&self) -> State {
+        self.view.borrow().state
+    }
+
+    /// Lets it look through what waits, and show what follows for its capacity; tells when it has. None while it does not
+    /// run.
+    #[must_use]
+    pub fn look(&self) -> Option<oneshot::Receiver<()>> {
+        let live = self.live.borrow().clone()?;
+        let (reply, looked) = oneshot::channel();
+        live.actor.cast(NumberMessage::Look(reply)).ok()?;
+        Some(looked)
+    }
+
     /// Follows what can be seen of it.
     #[must_use]
     pub fn watch_view(&self) -> watch::Receiver<NumberView> {

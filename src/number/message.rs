@@ -232,6 +232,8 @@ pub enum NumberMessage {
     ChangeEndpoint(u32, EndpointOrder, oneshot::Sender<Result<Endpoint, EndpointRefused>>),
     /// Erase a contact; answered when the order is durable.
     Erase(ChatNo, oneshot::Sender<Result<(), EraseRefused>>),
+    /// Look through what waits and show what follows for its capacity; answered when it is shown.
+    Look(oneshot::Sender<()>),
     /// The watchdog asks for a sign of life.
     Ping,
     /// Finish what waits for an answer, close politely, end.

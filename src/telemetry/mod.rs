@@ -5,6 +5,7 @@ pub mod backoff;
 pub mod clock;
 pub mod collector;
 pub mod failpoint;
+pub mod load;
 pub mod logging;
 pub mod metrics;
 pub mod number_stats;

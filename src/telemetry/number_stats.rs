@@ -144,11 +144,11 @@ impl NumberStats {
     /// What its capacity follows from changed, or only time went by.
     pub fn set_capacity(&self, basis: Basis) {
         let mut shown = self.capacity.lock().unwrap_or_else(PoisonError::into_inner);
-        let changed_at = match *shown {
-            Some(before) if before.says_the_same_as(&basis) => before.changed_at,
-            _ => basis.changed_at,
+        *shown = match *shown {
+            Some(before) if before.says_the_same_as(&basis) => return,
+            Some(before) => Some(Basis { revision: before.revision + 1, ..basis }),
+            None => Some(basis),
         };
-        *shown = Some(Basis { changed_at, ..basis });
     }
 
     /// What its capacity follows from; none before it has started.

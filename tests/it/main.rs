@@ -41,6 +41,8 @@ mod proxies;
 mod restart;
 // Days, relay-only, an erased contact.
 mod retention;
+// Capacities: a router that spreads by them; limits, pauses and predicted waits over restarts.
+mod router;
 // Nothing in clear on disk; a deleted number's key is gone.
 mod sealing;
 // A refused version holds the fleet: one canary at a time, healed by the operator.

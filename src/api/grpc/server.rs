@@ -10,6 +10,7 @@ use tonic_health::pb::health_server::HealthServer;
 use tonic_health::server::{HealthReporter, HealthService};
 
 use super::proto;
+use super::proto::xds::service::orca::v3::open_rca_service_server::OpenRcaServiceServer;
 use super::status::status_of;
 use crate::api::error::ApiError;
 use crate::api::service::Api;
@@ -17,7 +18,9 @@ use crate::domain::access::Caller;
 use crate::telemetry::metrics::{self, Protocol};
 
 /// Calls whose answer has no end: no deadline is put on them.
-pub const STREAMING: [&str; 5] = [
+pub const STREAMING: [&str; 7] = [
+    "/xds.service.orca.v3.OpenRcaService/StreamCoreMetrics",
+    "/switchboard.v1.CapacityService/WatchCapacity",
     "/switchboard.v1.NumberService/PairNumber",
     "/switchboard.v1.EventService/StreamEvents",
     "/grpc.health.v1.Health/Watch",
@@ -43,6 +46,7 @@ impl Health {
             "switchboard.v1.OperatorService",
             "switchboard.v1.MessageService",
             "switchboard.v1.EventService",
+            "switchboard.v1.CapacityService",
             "switchboard.v1.WebhookService",
         ];
         for service in services {
@@ -76,7 +80,9 @@ pub async fn routes(api: &Arc<Api>) -> Result<(Routes, Health), ReflectionError>
         .add_service(proto::operator_service_server::OperatorServiceServer::new(service()))
         .add_service(proto::message_service_server::MessageServiceServer::new(service()))
         .add_service(proto::event_service_server::EventServiceServer::new(service()))
+        .add_service(proto::capacity_service_server::CapacityServiceServer::new(service()))
         .add_service(proto::webhook_service_server::WebhookServiceServer::new(service()))
+        .add_service(OpenRcaServiceServer::new(service()))
         .add_service(HealthServer::new(HealthService::from_health_reporter(reporter)))
         .add_service(reflection().build_v1().map_err(wrong)?)
         .add_service(reflection().build_v1alpha().map_err(wrong)?);
@@ -145,7 +151,7 @@ mod tests {
             }
         }
         let ours: BTreeSet<_> =
-            STREAMING.iter().filter(|path| path.starts_with("/switchboard")).map(|path| (*path).to_owned()).collect();
+            STREAMING.iter().filter(|path| !path.starts_with("/grpc")).map(|path| (*path).to_owned()).collect();
         assert_eq!(streaming, ours);
     }
 

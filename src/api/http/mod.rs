@@ -6,6 +6,7 @@ mod admission;
 mod answer;
 mod body;
 mod history;
+mod load;
 mod messages;
 mod numbers;
 pub mod server;

@@ -17,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
 use super::admission::{Admission, admit, is_grpc, refusal};
+use super::load::report_load;
 use super::{history, messages, numbers, webhooks};
 use crate::api::drain::Drain;
 use crate::api::error::{ApiError, Reason};
@@ -73,7 +74,8 @@ pub async fn public(api: &Arc<Api>, limits: PublicLimits) -> Result<(Router, Hea
         .merge(json)
         .fallback(path_not_found)
         .layer(axum::middleware::map_response(too_large))
-        .layer(from_fn_with_state(admission, admit));
+        .layer(from_fn_with_state(admission, admit))
+        .layer(from_fn_with_state(api.clone(), report_load));
     Ok((router, health))
 }
 

@@ -197,7 +197,11 @@ impl Number {
             }
             self.named(outlook, now)
         };
-        let look = |standing| if exact && waiting > 0 { self.outlook(None, standing, now) } else { rough(standing) };
+        let look = |standing| {
+            let looked = if exact && waiting > 0 { self.outlook(None, standing, now) } else { rough(standing) };
+            // That time went by is no change.
+            if looked.limiting == Limiting::Nothing { Outlook::at_once(Timestamp(0)) } else { looked }
+        };
         Basis {
             state: self.life.state,
             since: pause.map_or(self.life.since, |pause| pause.since.max(self.life.since)),
@@ -210,6 +214,7 @@ impl Number {
             pause,
             held: matches!(self.new_chats, NewChats::Held { .. }),
             changed_at: now,
+            revision: 0,
         }
     }
 }
