@@ -34,10 +34,12 @@ use crate::supervisor::fleet::Fleet;
 use crate::supervisor::gate::ConnectGate;
 use crate::supervisor::proxies::ProxyLines;
 use crate::telemetry::clock::{Clock, SystemClock};
+use crate::telemetry::descriptors;
 use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::load::LoadMeter;
 use crate::telemetry::metrics::Exposition;
 use crate::telemetry::rng::Random;
+use crate::telemetry::service_manager;
 use crate::webhook::client::{self, WebhookClient};
 use crate::webhook::guard::{self, Policy};
 use crate::webhook::room::Room;
@@ -85,7 +87,7 @@ pub struct Daemon {
     grace: Duration,
     root_ended: JoinHandle<()>,
     /// What runs beside the numbers.
-    tasks: [AbortOnDrop; 4],
+    tasks: Vec<AbortOnDrop>,
 }
 
 impl std::fmt::Debug for Daemon {
@@ -160,6 +162,7 @@ impl Daemon {
         let settings = store_settings(config, random.clone());
         let opened = tokio::task::spawn_blocking(move || Store::open(&settings)).await;
         let store = Arc::new(opened.map_err(part("store"))??);
+        descriptors::ensure(store.meta().numbers(None).len()).map_err(part("open files"))?;
         let operator_key = ensure_operator_key(store.meta(), &random, clock.as_ref(), &config.data.dir).await;
         let operator_key = operator_key.map_err(part("operator key"))?;
         let (booted, admin_drain) = (Arc::new(OnceLock::new()), drain::channel());
@@ -180,6 +183,7 @@ impl Daemon {
             AbortOnDrop(tokio::task::spawn(tell_gate_of_versions(sessions.versions().watch(), gate.clone()))),
         ];
         let (fleet, root_ended) = Fleet::start(environment).await.map_err(part("supervisor"))?;
+        let watchdog = AbortOnDrop(tokio::task::spawn(feed_watchdog(fleet.clone())));
         let public_drain = drain::channel();
         let api = Api::new(Parts {
             store: store.clone(),
@@ -200,7 +204,9 @@ impl Daemon {
         let public = Listener::serve(public_listener, public_address, router, public_drain);
         tracing::info!(operator_key = %operator_key.display(), "operator key");
         tracing::info!(api = %public.address, admin = %admin.address, "ready");
+        service_manager::ready();
         let grace = config.shutdown.grace;
+        let tasks = tasks.into_iter().chain([watchdog]).collect();
         Ok(Self { fleet, store, gate, sessions, health, public, admin, grace, root_ended, tasks })
     }
 
@@ -231,6 +237,7 @@ impl Daemon {
     /// the store.
     pub async fn drain(self, hurry: impl Future<Output = ()>) {
         tracing::info!("draining");
+        service_manager::stopping();
         failpoint::reach(Failpoint::DrainBegun);
         let Self { fleet, store, gate, sessions, health, public, admin, grace, tasks, .. } = self;
         health.set_serving(false).await;
@@ -354,6 +361,19 @@ fn environment(
 
 fn proxy_policy(config: &Config) -> Policy {
     if config.whatsapp.allow_private_proxies { Policy::AllowPrivate } else { Policy::PublicOnly }
+}
+
+/// Tells the service manager that the supervisor answers; one that does not is restarted from outside.
+async fn feed_watchdog(fleet: Fleet) {
+    let Some(every) = service_manager::alive_every() else { return };
+    loop {
+        if tokio::time::timeout(every, fleet.ping()).await == Ok(true) {
+            service_manager::alive();
+        } else {
+            tracing::error!("the supervisor does not answer");
+        }
+        tokio::time::sleep(every).await;
+    }
 }
 
 async fn tell_gate_of_versions(mut versions: watch::Receiver<Option<ClientVersion>>, gate: Arc<ConnectGate>) {

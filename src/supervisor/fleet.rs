@@ -129,7 +129,7 @@ impl Fleet {
         let _ = self.root.cast(RootMessage::Reset(id));
     }
 
-    /// A round trip through the root and a shard.
+    /// A round trip through the root and every shard.
     pub async fn ping(&self) -> bool {
         let (reply, answer) = oneshot::channel();
         self.root.cast(RootMessage::Ping(reply)).is_ok() && answer.await.is_ok()

@@ -111,9 +111,20 @@ impl Actor for Root {
             }
             RootMessage::Reset(number) => state.shards[shard_of(number)].cast(ShardMessage::Reset(number))?,
             RootMessage::Ping(reply) => {
-                if let Some(shard) = state.shards.first() {
-                    shard.cast(ShardMessage::Ping(reply))?;
-                }
+                let answers = state.shards.iter().map(|shard| {
+                    let (answer, wait) = oneshot::channel();
+                    shard.cast(ShardMessage::Ping(answer)).map(|()| wait)
+                });
+                let answers = answers.collect::<Result<Vec<_>, _>>()?;
+                while state.tasks.try_join_next().is_some() {}
+                state.tasks.spawn(async move {
+                    for wait in answers {
+                        if wait.await.is_err() {
+                            return;
+                        }
+                    }
+                    let _ = reply.send(());
+                });
             }
             RootMessage::Drain { deadline, done } => {
                 state.draining = true;

@@ -4,6 +4,7 @@
 pub mod backoff;
 pub mod clock;
 pub mod collector;
+pub mod descriptors;
 pub mod failpoint;
 pub mod load;
 pub mod logging;
@@ -12,3 +13,4 @@ pub mod number_stats;
 pub mod panic_hook;
 mod redaction;
 pub mod rng;
+pub mod service_manager;

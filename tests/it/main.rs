@@ -25,6 +25,8 @@ mod disk;
 // Crashes and lost connections stay with their number.
 mod failures;
 mod harness;
+// A service manager, and a limit on open files.
+mod host;
 // Webhooks: Retry-After, redirects, resets, trickles, garbage; two secrets during a rotation.
 mod hostile;
 // What cannot be decrypted keeps its place and is filled; repeats show once; an id used twice swallows nothing.
