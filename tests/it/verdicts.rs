@@ -155,11 +155,22 @@ async fn each_ending_has_its_state_wait_reason_and_alert() {
     assert_eq!(stats["devices_connected_twice"], 0, "{stats}");
 }
 
-async fn online_with_error(world: &World, tenant: &Caller, number: &OwnedNumber, code: &str) -> proto::Number {
-    until(&format!("online again after {code}"), async || {
-        let number = world.number(tenant, &number.id).await;
-        let seen = number.last_error.as_ref().is_some_and(|last| last.code == code);
-        (seen && number.state() == NumberState::Online).then_some(number)
+/// Waits for a state after an error. The waits between attempts grow from failure to failure; an operator ends them.
+async fn after_error(
+    world: &World,
+    tenant: &Caller,
+    number: &OwnedNumber,
+    code: &str,
+    state: NumberState,
+) -> proto::Number {
+    until(&format!("{state:?} after {code}"), async || {
+        let shown = world.number(tenant, &number.id).await;
+        if shown.state() == NumberState::Offline {
+            let request = proto::ResetNumberRequest { number: number.id.clone() };
+            tenant.numbers().reset_number(request).await.unwrap();
+        }
+        let seen = shown.last_error.as_ref().is_some_and(|last| last.code == code);
+        (seen && shown.state() == state).then_some(shown)
     })
     .await
 }
@@ -174,14 +185,14 @@ async fn what_fails_before_the_login_is_named_too() {
         world.phones.kick(&number.phone, "drop").await.unwrap();
     };
     broken(json!({ "status": 502 })).await;
-    let shown = online_with_error(&world, &tenant, number, "UPGRADE_REFUSED").await;
+    let shown = after_error(&world, &tenant, number, "UPGRADE_REFUSED", NumberState::Online).await;
     assert_eq!(shown.last_error.unwrap().detail, 502);
     broken(json!("garbled")).await;
-    online_with_error(&world, &tenant, number, "HANDSHAKE_REFUSED").await;
+    after_error(&world, &tenant, number, "HANDSHAKE_REFUSED", NumberState::Online).await;
     broken(json!("silent")).await;
-    online_with_error(&world, &tenant, number, "HANDSHAKE_SILENT").await;
+    after_error(&world, &tenant, number, "HANDSHAKE_SILENT", NumberState::Online).await;
     broken(json!({ "status": 403 })).await;
-    let parked = world.until_state(&tenant, &number.id, NumberState::Parked).await;
+    let parked = after_error(&world, &tenant, number, "UPGRADE_REFUSED", NumberState::Parked).await;
     assert_eq!((parked.reason.as_str(), parked.attention()), ("UPGRADE_REFUSED", Attention::Operator));
     let wait = parked.next_attempt_time.unwrap().seconds - parked.state_change_time.unwrap().seconds;
     assert!((899..=901).contains(&wait), "{wait}");
