@@ -367,10 +367,11 @@ fn proxy_policy(config: &Config) -> Policy {
 async fn feed_watchdog(fleet: Fleet) {
     let Some(every) = service_manager::alive_every() else { return };
     loop {
-        if tokio::time::timeout(every, fleet.ping()).await == Ok(true) {
-            service_manager::alive();
-        } else {
-            tracing::error!("the supervisor does not answer");
+        match tokio::time::timeout(every, fleet.ping()).await {
+            Ok(true) => service_manager::alive(),
+            // It is gone: the daemon goes down, or is about to.
+            Ok(false) => return,
+            Err(_) => tracing::error!("the supervisor does not answer"),
         }
         tokio::time::sleep(every).await;
     }

@@ -493,16 +493,20 @@ impl Connection<'_> {
     fn check(&mut self) -> Option<CloseReason> {
         let now = Instant::now();
         self.tick_at = self.next_tick(now);
-        let quiet = self.signals().quiet();
-        if quiet.is_some_and(|quiet| quiet >= DEAD_AFTER) {
-            return Some(CloseReason::ConnectionLost);
-        }
         if self.online_by.is_some_and(|by| now >= by) {
             let unscanned = self.is_pairing && !self.announced;
             return Some(if unscanned { CloseReason::PairingEnded } else { CloseReason::Unresponsive });
         }
         if !self.signals().is_online() {
+            if self.signals().is_unproved() {
+                self.ask();
+            }
+            // Not dead: while a code is shown, or the phone is slow with the first keys, nothing has to arrive.
             return None;
+        }
+        let quiet = self.signals().quiet();
+        if quiet.is_some_and(|quiet| quiet >= DEAD_AFTER) {
+            return Some(CloseReason::ConnectionLost);
         }
         self.signals().backlog.forget_waited();
         while self.answering.try_join_next().is_some() {}

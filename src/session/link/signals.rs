@@ -102,7 +102,6 @@ pub(super) struct Signals {
     progress: Mutex<Progress>,
     wake: Notify,
     online: AtomicBool,
-    heard: AtomicBool,
     answering_pairing: AtomicBool,
     sealed: AtomicBool,
     dropped: AtomicU64,
@@ -132,7 +131,6 @@ impl Signals {
             progress: Mutex::default(),
             wake: Notify::new(),
             online: AtomicBool::new(false),
-            heard: AtomicBool::new(false),
             answering_pairing: AtomicBool::new(false),
             sealed: AtomicBool::new(false),
             dropped: AtomicU64::new(0),
@@ -207,7 +205,6 @@ impl Signals {
         progress.last_heard = None;
         progress.unproved = false;
         drop(progress);
-        self.heard.store(false, Ordering::Release);
         self.answering_pairing.store(false, Ordering::Release);
     }
 
@@ -218,13 +215,12 @@ impl Signals {
 
     /// A stanza arrived: the handshake is over and the server speaks to us.
     pub(super) fn hear(&self) {
-        self.heard.store(true, Ordering::Release);
         self.progress().last_heard = Some(Instant::now());
     }
 
     /// Whether any stanza arrived on this connection.
     pub(super) fn has_heard(&self) -> bool {
-        self.heard.load(Ordering::Acquire)
+        self.progress().last_heard.is_some()
     }
 
     /// The server answered something.
