@@ -1,6 +1,8 @@
 //! Linking, as the person at the screen lives it: by QR code or by a code to type in, refused for the wrong phone, asked
 //! for again, undone from either side; what the number has stays.
 
+use std::time::Duration;
+
 use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::pair_number_response::Step;
 use switchboard::api::grpc::proto::{NumberState, PairingMethod};
@@ -8,6 +10,10 @@ use switchboard::demo::client::{Caller, OwnedNumber};
 use tonic::Streaming;
 
 use crate::harness::{PATIENCE, World, until};
+
+/// The first code is shown for a minute, five more for 20 s each.
+const CODES: usize = 6;
+const CODE_SHOWN_FOR: Duration = Duration::from_secs(60);
 
 const ONE: &str = "15554300001";
 const OTHER: &str = "15554300002";
@@ -19,7 +25,7 @@ async fn pair(tenant: &Caller, number: &OwnedNumber, method: PairingMethod) -> S
 }
 
 async fn next(steps: &mut Streaming<proto::PairNumberResponse>) -> Step {
-    let step = tokio::time::timeout(PATIENCE, steps.message()).await.expect("a step in time");
+    let step = tokio::time::timeout(CODE_SHOWN_FOR + PATIENCE, steps.message()).await.expect("a step in time");
     step.unwrap().expect("a step").step.unwrap()
 }
 
@@ -46,6 +52,34 @@ async fn a_number_is_linked_by_a_code_typed_into_the_phone() {
     assert!(matches!(next(&mut steps).await, Step::Online(_)));
     number.caller.send_text(CUSTOMER, "linked by code", "linked").await.unwrap();
     until("it sends", async || (world.copies(CUSTOMER, "linked by code").await == 1).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn codes_are_replaced_while_nobody_scans_and_run_out() {
+    let world = World::new().await;
+    let (tenant, _) = world.operator.create_tenant("linking").await.unwrap();
+    let late = tenant.create_number("scanned late", ONE).await.unwrap();
+    let never = tenant.create_number("never scanned", OTHER).await.unwrap();
+    let scanned_late = async {
+        let mut steps = pair(&tenant, &late, PairingMethod::QrCode).await;
+        let first = qr_code(&mut steps).await;
+        let second = qr_code(&mut steps).await;
+        assert_ne!(first, second);
+        world.phones.scan(ONE, &second).await.unwrap();
+        assert!(matches!(next(&mut steps).await, Step::Paired(_)));
+        assert!(matches!(next(&mut steps).await, Step::Online(_)));
+    };
+    let never_scanned = async {
+        let mut steps = pair(&tenant, &never, PairingMethod::QrCode).await;
+        for _ in 0..CODES {
+            qr_code(&mut steps).await;
+        }
+        let Step::Failed(failed) = next(&mut steps).await else { panic!("a code too many") };
+        let shown = world.number(&tenant, &never.id).await;
+        assert_eq!((shown.state(), shown.reason), (NumberState::Unlinked, failed.reason));
+        world.link(&tenant, &never).await;
+    };
+    tokio::join!(scanned_late, never_scanned);
 }
 
 #[tokio::test(flavor = "multi_thread")]

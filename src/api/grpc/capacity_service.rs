@@ -1,21 +1,15 @@
 //! `switchboard.v1.CapacityService`.
 
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
-
-use futures_util::stream::{self, BoxStream, StreamExt as _};
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use futures_util::stream::BoxStream;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::convert;
 use super::proto as pb;
 use super::server::Service;
-use super::status::status_of;
+use super::stepwise::{self, Steps};
 use crate::api::capacity::{CapacityCard, CapacityWatch, WatchOrder, WatchStep};
-use crate::api::error::{ApiError, Reason};
+use crate::api::error::ApiError;
 use crate::domain::capacity::{Health, Outlook};
-use crate::telemetry::metrics::{self, OpenStream};
 
 #[async_trait]
 impl pb::capacity_service_server::CapacityService for Service {
@@ -49,7 +43,7 @@ impl pb::capacity_service_server::CapacityService for Service {
                 progress_interval: convert::interval("progress_interval", asked.progress_interval.as_ref())?,
                 key: self.key_id(&request),
             };
-            Ok(wire_stream(self.api.watch_capacity(caller, &order)?, self.api.stream_patience()))
+            Ok(stepwise::wire(self.api.watch_capacity(caller, &order)?, STEPS_AHEAD, self.api.stream_patience()))
         };
         call.answer(open())
     }
@@ -58,52 +52,17 @@ impl pb::capacity_service_server::CapacityService for Service {
 /// Steps made ready for a client. A slow one gets fewer and larger changes: nothing is gathered while it does not read.
 const STEPS_AHEAD: usize = 2;
 
-/// A stream with its own task, so that a client that reads nothing is noticed.
-fn wire_stream(
-    watch: CapacityWatch,
-    patience: Duration,
-) -> BoxStream<'static, Result<pb::WatchCapacityResponse, Status>> {
-    let (steps, received) = mpsc::channel(STEPS_AHEAD);
-    let ended = Arc::new(OnceLock::new());
-    let mut producer = JoinSet::new();
-    producer.spawn(produce(watch, steps, ended.clone(), patience));
-    // The task ends with the stream that owns it.
-    let state = (received, ended, producer, OpenStream::begin());
-    let wire = stream::unfold(Some(state), |state| async {
-        let (mut received, ended, producer, open) = state?;
-        match received.recv().await {
-            Some(step) => Some((Ok(step), Some((received, ended, producer, open)))),
-            None => ended.get().cloned().map(|status| (Err(status), None)),
-        }
-    });
-    wire.boxed()
-}
+#[async_trait]
+impl Steps for CapacityWatch {
+    type Step = pb::WatchCapacityResponse;
 
-async fn produce(
-    mut watch: CapacityWatch,
-    steps: mpsc::Sender<pb::WatchCapacityResponse>,
-    ended: Arc<OnceLock<Status>>,
-    patience: Duration,
-) {
-    loop {
-        let before = watch.cursor();
-        let step = match watch.next().await {
-            Ok(step) => response(step, watch.cursor()),
-            Err(error) => {
-                let _ = ended.set(status_of(&error));
-                return;
-            }
-        };
-        match tokio::time::timeout(patience, steps.send(step)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => return,
-            Err(_) => {
-                let slow = ApiError::from(Reason::SlowConsumer).with("cursor", before);
-                let _ = ended.set(status_of(&slow));
-                metrics::slow_stream();
-                return;
-            }
-        }
+    fn cursor(&self) -> String {
+        Self::cursor(self)
+    }
+
+    async fn next(&mut self) -> Result<Self::Step, ApiError> {
+        let step = Self::next(self).await?;
+        Ok(response(step, Self::cursor(self)))
     }
 }
 

@@ -11,5 +11,6 @@ pub mod orca;
 pub mod proto;
 pub mod server;
 pub mod status;
+mod stepwise;
 mod tenant_service;
 mod webhook_service;

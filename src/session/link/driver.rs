@@ -497,16 +497,17 @@ impl Connection<'_> {
             let unscanned = self.is_pairing && !self.announced;
             return Some(if unscanned { CloseReason::PairingEnded } else { CloseReason::Unresponsive });
         }
+        let quiet = self.signals().quiet();
+        // While a code is shown, or the phone is slow with the first keys, nothing has to arrive.
+        let waits_for_phone = self.is_pairing && !self.signals().is_online();
+        if !waits_for_phone && quiet.is_some_and(|quiet| quiet >= DEAD_AFTER) {
+            return Some(CloseReason::ConnectionLost);
+        }
         if !self.signals().is_online() {
             if self.signals().is_unproved() {
                 self.ask();
             }
-            // Not dead: while a code is shown, or the phone is slow with the first keys, nothing has to arrive.
             return None;
-        }
-        let quiet = self.signals().quiet();
-        if quiet.is_some_and(|quiet| quiet >= DEAD_AFTER) {
-            return Some(CloseReason::ConnectionLost);
         }
         self.signals().backlog.forget_waited();
         while self.answering.try_join_next().is_some() {}
