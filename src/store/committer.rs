@@ -41,16 +41,20 @@ pub(super) enum RawCheck {
 /// Called on the committer thread: hand the result on, never work here.
 type Completion = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
-/// Whom to answer. One that is dropped unanswered, with a queue that died, answers `Closed`.
-pub(super) struct Answer(Option<Completion>);
+/// Whom to answer. One that is dropped unanswered, with a queue that died, answers why that died.
+pub(super) struct Answer {
+    done: Option<Completion>,
+    /// The Db in whose queue it is.
+    queued_for: Option<Arc<Shared>>,
+}
 
 impl Answer {
     pub(super) fn to(done: impl FnOnce(Result<(), StoreError>) + Send + 'static) -> Self {
-        Self(Some(Box::new(done)))
+        Self { done: Some(Box::new(done)), queued_for: None }
     }
 
     fn give(mut self, outcome: Result<(), StoreError>) {
-        if let Some(done) = self.0.take() {
+        if let Some(done) = self.done.take() {
             done(outcome);
         }
     }
@@ -58,8 +62,9 @@ impl Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        if let Some(done) = self.0.take() {
-            done(Err(StoreError::Closed));
+        if let Some(done) = self.done.take() {
+            let failure = self.queued_for.as_ref().and_then(|db| db.failure());
+            done(Err(failure.map_or(StoreError::Closed, |failure| failure.error.clone())));
         }
     }
 }
@@ -148,19 +153,18 @@ impl Committer {
     }
 
     /// Queues a unit; `done` is called once it is on disk, or not. When this fails `done` was called with the error.
-    pub(super) fn submit(&self, request: Request) {
+    pub(super) fn submit(&self, mut request: Request) {
         if let Some(failure) = self.shared.failure() {
             return request.done.give(Err(failure.error.clone()));
         }
+        request.done.queued_for = Some(self.shared.clone());
         self.stats.queued.fetch_add(1, Ordering::Relaxed);
         if let Err(error) = self.jobs.try_send(Job::Commit(request)) {
             self.stats.queued.fetch_sub(1, Ordering::Relaxed);
-            let (job, reason) = match error {
-                TrySendError::Full(job) => (job, StoreError::Busy),
-                TrySendError::Disconnected(job) => (job, StoreError::Closed),
-            };
-            if let Job::Commit(request) = job {
-                request.done.give(Err(reason));
+            match error {
+                TrySendError::Full(Job::Commit(request)) => request.done.give(Err(StoreError::Busy)),
+                // Dropped with the job, it says why nobody takes it.
+                TrySendError::Full(Job::Close) | TrySendError::Disconnected(_) => {}
             }
         }
     }

@@ -171,7 +171,7 @@ async fn a_full_disk_is_told_and_left_behind_without_a_loss() {
     world.daemon.as_ref().unwrap().limit_files(None);
     let room_again = Instant::now();
     for number in &numbers {
-        world.until_state(&tenant, &number.id, NumberState::Online).await;
+        world.until_connected(&tenant, &number.id).await;
     }
     let took = room_again.elapsed();
     println!("online again {took:?} after there was room again");
@@ -235,7 +235,7 @@ async fn a_disk_that_fails_to_sync_loses_nothing_and_is_left_behind_without_a_re
     assert_eq!(accepted(&loads[0]), stuck, "nothing is accepted meanwhile");
 
     std::fs::remove_file(&fault).unwrap();
-    world.until_state(&tenant, &numbers[0].id, NumberState::Online).await;
+    world.until_connected(&tenant, &numbers[0].id).await;
     until("it is busy again", async || (accepted(&loads[0]) >= stuck + 10).then_some(())).await;
     write(&world.phones, &mut asked, 3).await;
     let mut texts = Vec::new();
@@ -284,7 +284,7 @@ async fn a_damaged_volume_is_set_aside_and_its_numbers_go_on_after_a_rebuild() {
         (world.number(&tenant, &numbers[0].id).await.reason == "STORE_FAILED").then_some(())
     })
     .await;
-    world.until_state(&tenant, &numbers[1].id, NumberState::Online).await;
+    world.until_connected(&tenant, &numbers[1].id).await;
     let broken = world.caller(&numbers[0].key).await;
     let refused = broken.send_text(CUSTOMER, "now", "now").await.unwrap_err();
     assert_eq!(reason_of(&refused), "STORE_FAILED");

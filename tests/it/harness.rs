@@ -259,6 +259,15 @@ impl World {
         .await
     }
 
+    /// Online, or degraded: a crash in the moment after a Signal ratchet makes what comes next unreadable at first.
+    pub(crate) async fn until_connected(&self, tenant: &Caller, id: &str) {
+        until(&format!("{id} is connected"), async || {
+            let state = self.number(tenant, id).await.state();
+            matches!(state, proto::NumberState::Online | proto::NumberState::Degraded).then_some(())
+        })
+        .await;
+    }
+
     pub(crate) async fn webhook(
         &self,
         number: &OwnedNumber,

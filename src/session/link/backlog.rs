@@ -23,7 +23,7 @@ pub(super) struct Backlog {
     /// The newest messages that had waited for this connection, without what is sealed in them.
     waited: Mutex<VecDeque<Node>>,
     /// Those of them that a crash has lost.
-    lost: Mutex<Vec<Node>>,
+    lost: Mutex<VecDeque<Node>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -71,9 +71,14 @@ impl Backlog {
         lock(&self.lost).extend(found);
     }
 
-    /// Messages that a crash has lost, since the last call.
-    pub(super) fn take_lost(&self) -> Vec<Node> {
-        std::mem::take(&mut *lock(&self.lost))
+    /// The next message that a crash has lost.
+    pub(super) fn next_lost(&self) -> Option<Node> {
+        lock(&self.lost).pop_front()
+    }
+
+    /// Whether a crash has lost any that are not asked for.
+    pub(super) fn has_lost(&self) -> bool {
+        !lock(&self.lost).is_empty()
     }
 
     /// What waited for this connection has been looked at. A lost message among what has not comes again.
@@ -128,13 +133,11 @@ mod tests {
         for id in ["3", "2", "3", "4"] {
             backlog.lose(id);
         }
-        let lost = backlog.take_lost();
-        assert_eq!(lost.len(), 1);
-        assert!(lost[0].content.is_none());
-        assert!(backlog.take_lost().is_empty());
+        assert!(backlog.next_lost().is_some_and(|lost| lost.content.is_none()));
+        assert!(!backlog.has_lost());
         backlog.forget_waited();
         backlog.lose("1");
-        assert!(backlog.take_lost().is_empty());
+        assert!(backlog.next_lost().is_none());
     }
 
     impl Backlog {

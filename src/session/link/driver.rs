@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::Instrument;
 use whatsapp_rust::pair_code::PairCodeOptions;
 use whatsapp_rust::types::events::{InboundMessage, Subscription};
@@ -26,7 +26,7 @@ use super::inbound::Inbox;
 use super::lock;
 use super::proxy::ProxyFault;
 use super::pump::pump;
-use super::repeats::{Asked, answer_all, answer_overdue};
+use super::repeats::{Asked, FIRST_PATIENCE, answer_all, answer_overdue};
 use super::runtime::LinkRuntime;
 use super::send::{Outbound, Wire};
 use super::session::{LinkParams, Purpose};
@@ -64,8 +64,8 @@ const PREKEYS_WITHIN: Duration = Duration::from_secs(30);
 const UNRESPONSIVE_AFTER: Duration = Duration::from_secs(75);
 /// Questions of ours that are open at once.
 const QUESTIONS_MAX: usize = 2;
-/// Lost messages that are asked for at once.
-const LOST_AT_ONCE_MAX: usize = 16;
+/// Pause between two requests for lost messages.
+const LOST_EVERY: Duration = Duration::from_millis(250);
 /// Longest wait for the answer to our own question.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 /// Longest polite disconnect; the library flushes for up to 10 s inside.
@@ -173,7 +173,7 @@ async fn live(
     let Some(version) = parts.environment.versions().current().await else {
         return CloseReason::Unreachable;
     };
-    let (Ok(left), Ok(_)) = (parts.backend.asked().await, parts.backend.sweep_pending(0).await) else {
+    let Ok(left) = parts.backend.asked().await else {
         return CloseReason::StoreFailed;
     };
     parts.signals.expect_confirmation(&left);
@@ -200,6 +200,8 @@ async fn live(
         asking: JoinSet::new(),
         left,
         answering: JoinSet::new(),
+        recovering: JoinSet::new(),
+        settled: false,
         runs: 0,
         announced: false,
         online_by: Some(Instant::now() + if is_pairing { SCAN_WITHIN } else { CONNECT_WITHIN }),
@@ -243,6 +245,8 @@ struct Connection<'a> {
     /// Requests for repeats that earlier connections left open, until this one is online.
     left: Vec<Asked>,
     answering: JoinSet<()>,
+    recovering: JoinSet<()>,
+    settled: bool,
     runs: u32,
     announced: bool,
     online_by: Option<Instant>,
@@ -343,22 +347,10 @@ impl Connection<'_> {
     /// Asks the senders of messages that a crash has lost. They stay unacknowledged, so what is not asked now is asked
     /// on the next connection.
     fn ask_for_lost(&mut self) {
-        for stanza in self.signals().backlog.take_lost() {
-            while self.asking.try_join_next().is_some() {}
-            if self.asking.len() >= QUESTIONS_MAX + LOST_AT_ONCE_MAX {
-                return;
-            }
-            let client = self.client.clone();
-            let ask = async move {
-                let stanza = stanza.as_node_ref();
-                let asked = client.request_message_retry(&stanza, RetryRequestOptions::new());
-                let asked = timeout(ANSWER_WITHIN, Box::pin(asked)).await;
-                tracing::warn!(
-                    asked = matches!(asked, Ok(Ok(_))),
-                    "a crash has lost a message, its sender is asked again"
-                );
-            };
-            self.asking.spawn(Box::pin(ask).instrument(self.span.clone()));
+        while self.recovering.try_join_next().is_some() {}
+        if self.recovering.is_empty() && self.signals().backlog.has_lost() {
+            let ask = ask_for_lost(self.client.clone(), self.signals().clone());
+            self.recovering.spawn(Box::pin(ask).instrument(self.span.clone()));
         }
     }
 
@@ -509,9 +501,10 @@ impl Connection<'_> {
             }
             return None;
         }
-        self.signals().backlog.forget_waited();
+        self.settle();
+        self.ask_for_lost();
         while self.answering.try_join_next().is_some() {}
-        if self.answering.is_empty() && self.signals().has_unanswered() {
+        if self.answering.is_empty() && self.signals().has_unanswered(FIRST_PATIENCE) {
             let answer = answer_overdue(self.outbound.wire(), self.signals().clone());
             self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
         }
@@ -524,6 +517,21 @@ impl Connection<'_> {
             self.ask();
         }
         None
+    }
+
+    /// Everything that had waited for this connection has arrived.
+    fn settle(&mut self) {
+        self.signals().backlog.forget_waited();
+        if self.settled {
+            return;
+        }
+        self.settled = true;
+        let backend = self.parts.backend.clone();
+        let sweep = async move {
+            // A failed write has ended the session.
+            let _ = backend.drained().await;
+        };
+        self.answering.spawn(sweep.instrument(self.span.clone()));
     }
 
     async fn tear_down(self, reason: CloseReason) -> CloseReason {
@@ -580,6 +588,18 @@ impl Connection<'_> {
             return CloseReason::StoreFailed;
         }
         reason
+    }
+}
+
+/// One after the other, and not fast: each request makes the sender begin a new Signal session, and it keeps no more
+/// than forty older ones to open what was sealed for them.
+async fn ask_for_lost(client: Arc<Client>, signals: Arc<Signals>) {
+    while let Some(stanza) = signals.backlog.next_lost() {
+        let stanza = stanza.as_node_ref();
+        let asked = client.request_message_retry(&stanza, RetryRequestOptions::new());
+        let asked = matches!(timeout(ANSWER_WITHIN, Box::pin(asked)).await, Ok(Ok(_)));
+        tracing::warn!(asked, "a crash has lost a message, its sender is asked again");
+        sleep(LOST_EVERY).await;
     }
 }
 

@@ -21,8 +21,12 @@ use crate::telemetry::failpoint::{self, Failpoint};
 
 /// Requests noted at once; the library answers further ones, but a crash would forget them.
 pub(super) const ASKED_MAX: usize = 1024;
-/// Connections that begin to answer one request. Not few: each of them may die before a word is on the wire.
+/// Answers that are begun to one request. Not few: the connection may die before a word of it is on the wire.
 const ANSWERS_MAX: u8 = 32;
+/// How long the device has to confirm the first answer on a connection before it gets another; it doubles with each.
+pub(super) const FIRST_PATIENCE: Duration = Duration::from_mins(1);
+/// After so many doublings it is seventeen hours.
+const DOUBLINGS_MAX: u32 = 10;
 /// How long the library has for its own answer.
 const OVERDUE_SECONDS: i64 = 10;
 /// A request older than this is not answered: the text of the message is not kept longer either.
@@ -57,6 +61,10 @@ impl Asked {
         (self.device.clone(), self.whatsapp_id.clone())
     }
 
+    fn patience(&self) -> Duration {
+        FIRST_PATIENCE * 2_u32.pow(u32::from(self.answers).min(DOUBLINGS_MAX))
+    }
+
     fn is_stale(&self, now: i64) -> bool {
         let kept = i64::try_from(KEPT.as_secs()).unwrap_or(i64::MAX);
         self.answers >= ANSWERS_MAX || now.saturating_sub(self.at) > kept
@@ -84,7 +92,7 @@ pub(super) fn asked_by(node: &NodeRef<'_>) -> Option<Asked> {
 pub(super) async fn answer_all(wire: Arc<Wire>, signals: Arc<Signals>, left: Vec<Asked>) {
     let mut answered = 0_usize;
     for asked in left {
-        if !signals.claim_answer(&asked.name()) {
+        if !signals.claim_answer(&asked.name(), asked.patience()) {
             continue;
         }
         if asked.is_stale(now_secs()) {
@@ -201,5 +209,14 @@ mod tests {
         assert!(!asked.is_stale(asked.at + 3600));
         assert!(asked.is_stale(asked.at + 9 * 24 * 3600));
         assert!(Asked { answers: ANSWERS_MAX, ..asked.clone() }.is_stale(asked.at));
+    }
+
+    #[test]
+    fn the_patience_with_a_device_grows_to_most_of_a_day() {
+        let node = request("5511999990001@s.whatsapp.net").build();
+        let asked = asked_by(&node.as_node_ref()).unwrap();
+        let after = |answers| Asked { answers, ..asked.clone() }.patience();
+        assert_eq!([0, 1, 2].map(after), [1, 2, 4].map(Duration::from_mins));
+        assert!(after(ANSWERS_MAX) < Duration::from_hours(24) && after(ANSWERS_MAX) > Duration::from_hours(12));
     }
 }

@@ -109,8 +109,8 @@ pub(super) struct Signals {
     repeats: Barrier,
     /// Messages that were heard and are not decrypted.
     pub(super) backlog: Backlog,
-    /// Requests for a repeat that are on disk, or on their way there; and whether this session answered.
-    asked: Mutex<HashMap<AskedName, bool>>,
+    /// Requests for a repeat that are on disk, or on their way there; and when this session answered.
+    asked: Mutex<HashMap<AskedName, Option<Instant>>>,
     queue: mpsc::Sender<Queued>,
     recovered: mpsc::Sender<InboundMessage>,
     client: OnceLock<Weak<Client>>,
@@ -429,7 +429,7 @@ impl Signals {
             tracing::warn!(most = ASKED_MAX, "too many requests for repeats: a crash would forget this one");
             return;
         }
-        known.insert(asked.name(), false);
+        known.insert(asked.name(), None);
         drop(known);
         self.repeats.hear();
         self.push_or_end(Queued::Asked(Box::new(asked)));
@@ -442,23 +442,29 @@ impl Signals {
         }
     }
 
-    fn asked(&self) -> MutexGuard<'_, HashMap<AskedName, bool>> {
+    fn asked(&self) -> MutexGuard<'_, HashMap<AskedName, Option<Instant>>> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Requests that earlier connections left open.
     pub(super) fn expect_confirmation(&self, left: &[Asked]) {
-        self.asked().extend(left.iter().map(|asked| (asked.name(), false)));
+        self.asked().extend(left.iter().map(|asked| (asked.name(), None)));
     }
 
-    /// Whether any request is open that this session has not answered besides the library.
-    pub(super) fn has_unanswered(&self) -> bool {
-        self.asked().values().any(|answered| !answered)
+    /// Whether any request is open that this session has not answered besides the library for so long.
+    pub(super) fn has_unanswered(&self, patience: Duration) -> bool {
+        self.asked().values().any(|answered| answered.is_none_or(|at| at.elapsed() >= patience))
     }
 
-    /// Claims the one answer of this session to a request. False: it is settled, or has had its answer.
-    pub(super) fn claim_answer(&self, name: &AskedName) -> bool {
-        self.asked().get_mut(name).is_some_and(|answered| !std::mem::replace(answered, true))
+    /// Claims an answer to a request. False: it is settled, or has had an answer of this session within `patience`.
+    pub(super) fn claim_answer(&self, name: &AskedName, patience: Duration) -> bool {
+        let mut known = self.asked();
+        let Some(answered) = known.get_mut(name) else { return false };
+        let due = answered.is_none_or(|at| at.elapsed() >= patience);
+        if due {
+            *answered = Some(Instant::now());
+        }
+        due
     }
 
     /// A device has a message, whether it had asked for it or not.

@@ -298,3 +298,29 @@ fn the_method_notices_a_disk_that_forgets() {
     let noticed = broken.len() as u64 + figures.unopened.load(Ordering::Relaxed);
     assert!(noticed * 2 > seeds.len() as u64, "{noticed} of {} noticed: {figures:?}", seeds.len());
 }
+
+#[tokio::test]
+async fn units_that_wait_behind_a_full_disk_hear_that_it_is_full() {
+    let dir = std::env::temp_dir().join(format!("switchboard-full-{}", std::process::id()));
+    let story = Story::begin(1, &dir);
+    for _ in 0..20 {
+        story.disk.behave(Manners::default());
+        if story.volume.failure().is_some() {
+            story.mend();
+        }
+        let number = story.claim(0).await.unwrap();
+        story.disk.behave(Manners { writes_failing: 1.0, ..Manners::default() });
+        let (answer, mut answers) = tokio::sync::mpsc::unbounded_channel();
+        // More than one group, submitted while the first one fails.
+        for seq in 1..=500 {
+            let answer = answer.clone();
+            number.submit(unit_of(0, seq), move |outcome| drop(answer.send(outcome)));
+        }
+        drop(answer);
+        while let Some(outcome) = answers.recv().await {
+            assert_eq!(outcome, Err(StoreError::DiskFull));
+        }
+    }
+    story.volume.close();
+    let _ = std::fs::remove_dir_all(&dir);
+}

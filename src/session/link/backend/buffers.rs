@@ -2,9 +2,10 @@
 //! decryption and the durability hook. Both have an age after which the library sweeps them.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 
-use super::{LibraryResult, LinkBackend, SWEEP_ROWS_MAX, kind_key, leading_seconds, put, seconds_key};
+use super::{LibraryResult, LinkBackend, Mark, SWEEP_ROWS_MAX, kind_key, leading_seconds, put, seconds_key};
 use crate::session::link::contact::contact_of;
 use crate::store::key::Tag;
 use crate::store::number_store::{Order, SCAN_ROWS_MAX};
@@ -20,11 +21,12 @@ const SENT_BY_TIME: u8 = 1;
 /// Largest pending message that is buffered. WhatsApp's own clients make nothing near it.
 const PENDING_BYTES_MAX: usize = UNIT_BYTES_MAX - 64 * 1024;
 
-/// How long a message that was taken in stays marked. WhatsApp delivers again what it has no acknowledgement for, which
-/// shows when the connection ends; a dead one ends within 90 s.
+/// How long a message that was taken in stays marked, at least. WhatsApp delivers again what it has no acknowledgement
+/// for: what came within the 90 s that a dead connection takes to end, once the next one stands, however late.
 const MARK_KEPT_SECONDS: i64 = 600;
-/// Marks of one session; the oldest go first.
-const MARKS_MAX: usize = 256;
+/// Marks of one session; the oldest go first. Fewer than a busy number gets in 90 s, and each message above it would be
+/// asked for again: 45 a second have room.
+const MARKS_MAX: usize = 4096;
 
 /// A row between decryption and acknowledgement.
 enum Pending<'a> {
@@ -45,14 +47,14 @@ impl<'a> Pending<'a> {
 }
 
 /// Takes out the marks that are too old or too many.
-fn outlived(taken_in: &mut VecDeque<(i64, Vec<u8>)>, now: i64) -> Vec<Op> {
+fn outlived(taken_in: &mut VecDeque<Mark>, now: i64) -> Vec<Op> {
     let mut ops = Vec::new();
     while let Some((at, _)) = taken_in.front() {
         if taken_in.len() <= MARKS_MAX && *at >= now - MARK_KEPT_SECONDS {
             break;
         }
         let gone = taken_in.pop_front();
-        ops.extend(gone.map(|(_, rest)| Op::Delete { tag: Tag::PendingInbound, rest }));
+        ops.extend(gone.map(|(_, rest)| Op::Delete { tag: Tag::PendingInbound, rest: rest.to_vec() }));
     }
     ops
 }
@@ -110,8 +112,8 @@ impl LinkBackend {
         Ok(deleted)
     }
 
-    fn pending_key(&self, chat: &str, sender: &str, id: &str) -> Vec<u8> {
-        self.names("pending", &[chat, sender, id]).to_vec()
+    fn pending_key(&self, chat: &str, sender: &str, id: &str) -> [u8; 16] {
+        self.names("pending", &[chat, sender, id])
     }
 
     /// Rides along, which is enough: the row is needed only if the advanced ratchet is on disk, and the session
@@ -130,7 +132,7 @@ impl LinkBackend {
             }
             let mut value = now.to_vec();
             value.extend_from_slice(row.message);
-            ops.push(put(Tag::PendingInbound, self.pending_key(row.chat, row.sender, row.id), value));
+            ops.push(put(Tag::PendingInbound, self.pending_key(row.chat, row.sender, row.id).to_vec(), value));
         }
         failpoint::reach(Failpoint::PendingBefore);
         let written = self.commit_rows(ops, Durability::RidesAlong).await;
@@ -171,20 +173,30 @@ impl LinkBackend {
         let mut ops = Vec::with_capacity(keys.len() * 2);
         for key in keys {
             let rest = self.pending_key(key.chat, key.sender, key.id);
-            ops.push(put(Tag::PendingInbound, rest.clone(), seconds_key(now).to_vec()));
+            ops.push(put(Tag::PendingInbound, rest.to_vec(), seconds_key(now).to_vec()));
             taken_in.push_back((now, rest));
         }
         ops.extend(outlived(&mut taken_in, now));
         ops
     }
 
-    fn taken_in(&self) -> MutexGuard<'_, VecDeque<(i64, Vec<u8>)>> {
+    fn taken_in(&self) -> MutexGuard<'_, VecDeque<Mark>> {
         self.taken_in.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes marks that are not needed any more, those of earlier sessions included, and copies from before `cutoff`.
-    pub(in crate::session::link) async fn sweep_pending(&self, cutoff: i64) -> LibraryResult<u32> {
+    /// What WhatsApp had kept for this connection has arrived: marks of earlier sessions have done their work.
+    pub(in crate::session::link) async fn drained(&self) -> LibraryResult<u32> {
+        self.drained.store(true, Ordering::Release);
+        self.sweep_pending(0).await
+    }
+
+    /// Removes marks that are not needed any more, and copies from before `cutoff`.
+    pub(super) async fn sweep_pending(&self, cutoff: i64) -> LibraryResult<u32> {
         let now = now_secs();
+        if !self.drained.load(Ordering::Acquire) {
+            // After an outage the marks are old, and needed.
+            return Ok(0);
+        }
         let marks = outlived(&mut self.taken_in(), now);
         self.commit_rows(marks, Durability::RidesAlong).await?;
         let rows = self.scan(Tag::PendingInbound, &[], None, Order::Ascending, SCAN_ROWS_MAX).await?;

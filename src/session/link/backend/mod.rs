@@ -40,6 +40,9 @@ pub(super) type OnFailure = Box<dyn Fn() + Send + Sync>;
 /// Called with the WhatsApp id of a message that a crash has lost.
 pub(super) type OnLoss = Box<dyn Fn(&str) + Send + Sync>;
 
+/// When a message was taken in, and the key of the row that says so.
+type Mark = (i64, [u8; 16]);
+
 /// One number's storage as the library sees it.
 pub(super) struct LinkBackend {
     store: NumberStore,
@@ -48,8 +51,10 @@ pub(super) struct LinkBackend {
     sealed: AtomicBool,
     on_failure: OnFailure,
     on_loss: OnLoss,
-    /// When messages of this session were taken in, and the keys of their marks; oldest first.
-    taken_in: std::sync::Mutex<VecDeque<(i64, Vec<u8>)>>,
+    /// The marks of messages of this session that were taken in; oldest first.
+    taken_in: std::sync::Mutex<VecDeque<Mark>>,
+    /// Whether WhatsApp has delivered what it had kept.
+    drained: AtomicBool,
 }
 
 impl LinkBackend {
@@ -61,6 +66,7 @@ impl LinkBackend {
             on_failure,
             on_loss,
             taken_in: std::sync::Mutex::default(),
+            drained: AtomicBool::new(false),
         })
     }
 

@@ -13,7 +13,7 @@ use whatsapp_rust::wacore::store::traits::{
 };
 
 use super::super::repeats::Asked;
-use super::{LinkBackend, forget_device, is_linked, provision};
+use super::{LinkBackend, forget_device, is_linked, provision, put, seconds_key};
 use crate::domain::id::{NumberId, TenantId};
 use crate::domain::phone::Phone;
 use crate::domain::time::Timestamp;
@@ -21,6 +21,7 @@ use crate::store::key::Tag;
 use crate::store::layout::{Store, StoreSettings};
 use crate::store::meta::{NumberKind, NumberRecord};
 use crate::store::number_store::{NumberStore, Order};
+use crate::store::unit::Durability;
 use crate::telemetry::rng::Random;
 
 /// A store in a directory of its own, removed at the end.
@@ -319,6 +320,13 @@ async fn pending_messages_are_kept_per_chat_sender_and_id() {
         ["a", "b", "c", "d"].into_iter().map(|id| PendingInboundKey { chat: "c", sender: "s", id }).collect();
     backend.delete_pending_inbound_batch(&keys).await.unwrap();
     let now = whatsapp_rust::wacore::time::now_secs();
+    let old = |id: &str| {
+        let key = home.number.hashed("pending", ["c", "s", id].join("\0").as_bytes());
+        put(Tag::PendingInbound, key.to_vec(), seconds_key(now - 3600).to_vec())
+    };
+    backend.commit_rows(vec![old("x"), old("y")], Durability::RidesAlong).await.unwrap();
+    assert_eq!(backend.delete_expired_pending_inbound(now + 60).await.unwrap(), 0, "they may come again");
+    assert_eq!(backend.drained().await.unwrap(), 2, "what is left of an earlier connection");
     assert_eq!(backend.delete_expired_pending_inbound(now - 60).await.unwrap(), 0);
     assert_eq!(backend.delete_expired_pending_inbound(now + 60).await.unwrap(), 1);
 }
@@ -337,11 +345,11 @@ async fn a_message_without_copy_and_mark_is_lost_and_not_known() {
     assert_eq!(home.losses.load(Ordering::SeqCst), 1);
     assert_eq!(home.failures.load(Ordering::SeqCst), 0, "the store is fine");
 
-    for id in 0..300 {
-        backend.delete_pending_inbound(chat, chat, &id.to_string()).await.unwrap();
-    }
-    let marks = home.number.scan(Tag::PendingInbound, &[], None, Order::Ascending, 1000).await.unwrap();
-    assert_eq!(marks.len(), 256, "no more marks than that");
+    let ids: Vec<_> = (0..4200).map(|id| id.to_string()).collect();
+    let keys: Vec<_> = ids.iter().map(|id| PendingInboundKey { chat, sender: chat, id }).collect();
+    backend.delete_pending_inbound_batch(&keys).await.unwrap();
+    let marks = home.number.keys(Tag::PendingInbound, &[], None, Order::Ascending, (0, 10_000)).await.unwrap();
+    assert_eq!(marks.len(), 4096, "no more marks than that");
 }
 
 #[tokio::test]
