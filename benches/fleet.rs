@@ -25,14 +25,13 @@ mod rig;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use switchboard::telemetry::rng::Random;
 use tonic::transport::Channel;
 
-use self::rig::{PATIENCE, Sender, http, percentile, provision, start, until_online};
+use self::rig::{Daemon, PATIENCE, Sender, http, percentile, provision, sandbox, serve, until_online};
 
 /// Numbers that send, and messages per second over all of them, in the latency part.
 const SENDERS: usize = 100;
@@ -104,39 +103,15 @@ async fn main() {
     let directory: PathBuf = std::env::temp_dir().join(format!("switchboard-fleet-{}", std::process::id()));
     let random = Arc::new(Random::from_system().unwrap());
 
-    let mut command = Command::new(sandbox_binary);
-    command.args(["sandbox", "--listen", "127.0.0.1:0"]);
-    let (sandbox, line) = start(command, "sandbox ws://");
-    let address = line.split("ws://").nth(1).unwrap().split('/').next().unwrap();
-    let sandbox_address: SocketAddr = address.parse().unwrap();
+    let (sandbox, sandbox_address) = sandbox(&sandbox_binary, "127.0.0.1:0", None);
     let begun = Instant::now();
     let key = provision(&directory, sandbox_address, count, &random).await;
     println!("{count} numbers provisioned in {:.1} s", begun.elapsed().as_secs_f64());
 
-    let mut command = Command::new(env!("CARGO_BIN_EXE_switchboard"));
-    command.arg("serve");
-    for (name, value) in [
-        ("DATA__DIR", directory.display().to_string()),
-        ("API__LISTEN", "127.0.0.1:0".to_owned()),
-        ("ADMIN__LISTEN", "127.0.0.1:0".to_owned()),
-        ("WHATSAPP__URL", format!("ws://{sandbox_address}/ws/chat")),
-        ("WHATSAPP__VERSION", "2.3000.1".to_owned()),
-        ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
-        ("LIMITS__BURST", "1000".to_owned()),
-        ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
-        ("LIMITS__NEW_RECIPIENTS_PER_DAY", "unlimited".to_owned()),
-        ("GATE__CONNECTS_PER_SECOND", std::env::var("FLEET_GATE").unwrap_or("200".to_owned())),
-        ("LOG__LEVEL", "warn,switchboard::daemon=info".to_owned()),
-    ] {
-        command.env(format!("SWITCHBOARD__{name}"), value);
-    }
     let begun = Instant::now();
-    let (daemon, line) = start(command, "ready api=");
-    let address = |name: &str| -> SocketAddr {
-        line.split(&format!("{name}=")).nth(1).unwrap().split(' ').next().unwrap().trim().parse().unwrap()
-    };
-    let (api, admin) = (address("api"), address("admin"));
-    println!("API ready after {:.2} s", begun.elapsed().as_secs_f64());
+    let Daemon { process: daemon, api, admin, ready } =
+        serve(env!("CARGO_BIN_EXE_switchboard"), &directory, sandbox_address);
+    println!("API ready after {:.2} s", ready.as_secs_f64());
     let half = until_online(admin, count / 2, begun);
     let all = until_online(admin, count, begun);
     println!("half Online after {:.2} s, all after {:.2} s", half.as_secs_f64(), all.as_secs_f64());

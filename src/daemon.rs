@@ -336,6 +336,7 @@ fn environment(
             Policy::AllowPrivate => |_| true,
         },
         meta: Some(store.meta().clone()),
+        clock: clock.clone(),
     };
     let sessions = LinkEnvironment::new(link).map_err(part("whatsapp"))?;
     let gate = ConnectGate::new(gate_limits(config), clock.clone());

@@ -61,6 +61,8 @@
 //! | each of WhatsApp's answers to a message ends as its code says | `domain::ack::tests`, `it::answers` |
 //! | a device's request for a repeat is answered, also after a crash | `session::link::repeats`, `faults::kill` |
 //! | a message that was opened and is nowhere is asked for again, not acknowledged | `tests/session.rs` |
+//! | what was taken in is known again on the next connection, after whatever outage | `session::link::backend::tests`, `faults::line` |
+//! | what a number takes is told, and goes with its connection | `it::surface` |
 //! | messages that wait to be decrypted have a limit | `session::link::backlog::tests` |
 //! | statuses only climb | `domain::message::tests::the_ladder_only_climbs_whatever_the_order` |
 //! | the same request id sends once, and is answered again, also after a crash | `it::contract`, `it::restart`, `it::answers` |
@@ -69,6 +71,7 @@
 //! | every state answers every input of its connection, and each ending has its verdict | `domain::lifecycle::tests`, `it::verdicts` |
 //! | no number is shown online without an answer; a dead line is noticed | `session::link::signals::tests`, `it::verdicts` |
 //! | only the phone that is meant gets linked; unlinked, a number keeps what it has | `it::linking` |
+//! | a clock that jumps ends no park and deletes nothing | `telemetry::clock::tests`, `it::verdicts` |
 //! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
 //! | never two sockets of one number | `domain::lifecycle::tests::nothing_connects_that_must_not`; the sandbox counts |
 //! | never more or faster connections than the gate allows; nobody waits for ever; a fleet comes back by itself | `domain::gate::tests`, `sim::gate` |

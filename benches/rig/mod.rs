@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal};
 use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::message_service_client::MessageServiceClient;
 use switchboard::domain::access::{self, KeyKind};
@@ -23,8 +24,8 @@ use switchboard::session::link;
 use switchboard::store::layout::{Store, StoreSettings, VOLUMES};
 use switchboard::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord, TenantRecord};
 use switchboard::telemetry::rng::Random;
-use tonic::Request;
 use tonic::transport::Channel;
+use tonic::{Request, Status};
 
 pub const TENANT: TenantId = TenantId(1);
 pub const PATIENCE: Duration = Duration::from_secs(600);
@@ -58,11 +59,75 @@ impl Process {
         // USER_HZ is 100 on every Linux there is.
         Duration::from_millis((fields[0] + fields[1]) * 10)
     }
+
+    /// Sends SIGTERM and waits. Gives the exit status and how long it took.
+    pub fn terminate(&mut self) -> (Option<i32>, Duration) {
+        let begun = Instant::now();
+        let pid = Pid::from_raw(i32::try_from(self.0.id()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, Signal::TERM).unwrap();
+        let status = self.0.wait().unwrap();
+        (status.code(), begun.elapsed())
+    }
+}
+
+/// A sandbox of its own process.
+pub fn sandbox(binary: &str, address: &str, data: Option<&Path>) -> (Process, SocketAddr) {
+    let mut command = Command::new(binary);
+    command.args(["sandbox", "--listen", address]);
+    if let Some(data) = data {
+        command.arg("--data").arg(data);
+    }
+    let (process, line) = start(command, "sandbox ws://");
+    let address = line.split("ws://").nth(1).unwrap().split('/').next().unwrap();
+    (process, address.parse().unwrap())
+}
+
+/// A running daemon: its process, its API, its admin address, and how long it took to be ready.
+pub struct Daemon {
+    pub process: Process,
+    pub api: SocketAddr,
+    pub admin: SocketAddr,
+    pub ready: Duration,
+}
+
+/// Starts a daemon on provisioned data. `FLEET_GATE` sets its connects per second.
+pub fn serve(binary: &str, directory: &Path, sandbox: SocketAddr) -> Daemon {
+    let mut command = Command::new(binary);
+    command.arg("serve");
+    for (name, value) in [
+        ("DATA__DIR", directory.display().to_string()),
+        ("API__LISTEN", "127.0.0.1:0".to_owned()),
+        ("ADMIN__LISTEN", "127.0.0.1:0".to_owned()),
+        ("WHATSAPP__URL", format!("ws://{sandbox}/ws/chat")),
+        ("WHATSAPP__VERSION", "2.3000.1".to_owned()),
+        ("LIMITS__MESSAGES_PER_SECOND", "1000".to_owned()),
+        ("LIMITS__BURST", "1000".to_owned()),
+        ("LIMITS__CHAT_SECONDS_PER_MESSAGE", "0".to_owned()),
+        ("LIMITS__NEW_RECIPIENTS_PER_DAY", "unlimited".to_owned()),
+        ("GATE__CONNECTS_PER_SECOND", gate().to_string()),
+        ("LOG__LEVEL", "warn,switchboard::daemon=info".to_owned()),
+    ] {
+        command.env(format!("SWITCHBOARD__{name}"), value);
+    }
+    let begun = Instant::now();
+    let (process, line) = start(command, "ready api=");
+    let ready = begun.elapsed();
+    let address = |name: &str| -> SocketAddr {
+        line.split(&format!("{name}=")).nth(1).unwrap().split(' ').next().unwrap().trim().parse().unwrap()
+    };
+    Daemon { process, api: address("api"), admin: address("admin"), ready }
+}
+
+/// Connects per second the daemon may begin.
+pub fn gate() -> usize {
+    std::env::var("FLEET_GATE").map_or(200, |text| text.parse().unwrap())
 }
 
 pub fn http(to: SocketAddr, method: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(to).unwrap();
-    write!(stream, "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").unwrap();
+    let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    // In one write: the second of two would wait for the first one's acknowledgement.
+    stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer.split_once("\r\n\r\n").unwrap().1.to_owned()
@@ -154,12 +219,14 @@ pub fn online(admin: SocketAddr) -> usize {
 }
 
 pub fn until_online(admin: SocketAddr, count: usize, since: Instant) -> Duration {
+    // A scrape renders twenty lines a number: looking all the time would be a load of its own.
+    let pause = Duration::from_micros(20_000 + 50 * count as u64);
     loop {
         assert!(since.elapsed() < PATIENCE, "{} of {count} online", online(admin));
         if online(admin) >= count {
             return since.elapsed();
         }
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(pause);
     }
 }
 
@@ -177,6 +244,10 @@ pub struct Sender {
 impl Sender {
     /// Sends, under a request id unless it is empty; the time until the answer.
     pub async fn send(&self, from: usize, to: usize, text: String, request_id: &str) -> Duration {
+        self.try_send(from, to, text, request_id).await.unwrap()
+    }
+
+    pub async fn try_send(&self, from: usize, to: usize, text: String, request_id: &str) -> Result<Duration, Status> {
         let mut request = Request::new(proto::SendMessageRequest {
             number: number_id(from).to_string(),
             to: format!("+{}", phone(to)),
@@ -186,7 +257,7 @@ impl Sender {
         });
         request.metadata_mut().insert("x-api-key", self.key.parse().unwrap());
         let begun = Instant::now();
-        MessageServiceClient::new(self.channel.clone()).send_message(request).await.unwrap();
-        begun.elapsed()
+        MessageServiceClient::new(self.channel.clone()).send_message(request).await?;
+        Ok(begun.elapsed())
     }
 }

@@ -9,6 +9,7 @@ use super::tenants::{Page, page_of};
 use super::token::TokenKind;
 use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
+use crate::domain::ledger::{DiskRows, Memory};
 use crate::domain::lifecycle::Desired;
 use crate::domain::orders::{OwnLimits, PAUSE_MAX, Pause, SendingOrders};
 use crate::domain::phone::{Contact, Phone};
@@ -35,6 +36,21 @@ pub struct NumberCard {
     pub restarts: u64,
     /// Whether a pause of its sending holds.
     pub paused: bool,
+    /// What it takes.
+    pub usage: NumberUsage,
+}
+
+/// What a number takes.
+#[derive(Debug, Clone, Copy)]
+pub struct NumberUsage {
+    /// Memory, estimated, in bytes.
+    pub memory: Memory,
+    /// Rows on disk.
+    pub disk: DiskRows,
+    /// Bytes from WhatsApp since the daemon started.
+    pub wire_received: u64,
+    /// Bytes to WhatsApp.
+    pub wire_sent: u64,
 }
 
 /// A number to make.
@@ -317,6 +333,10 @@ impl Api {
     fn card(&self, record: Arc<NumberRecord>) -> Result<NumberCard, ApiError> {
         let handle = self.parts.fleet.directory().get(record.id).ok_or(Reason::NumberNotFound)?;
         let paused = record.orders.paused(self.parts.clock.now()).is_some();
-        Ok(NumberCard { view: handle.view(), restarts: handle.stats().restarts.value(), paused, record })
+        let stats = handle.stats();
+        let (memory, disk) = stats.usage();
+        let (wire_received, wire_sent) = (stats.wire_received.value(), stats.wire_sent.value());
+        let usage = NumberUsage { memory, disk, wire_received, wire_sent };
+        Ok(NumberCard { view: handle.view(), restarts: stats.restarts.value(), paused, record, usage })
     }
 }

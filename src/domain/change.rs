@@ -161,4 +161,10 @@ pub struct Counters {
     /// Last message made before the number began to only relay; unset while it keeps a history.
     #[serde(default)]
     pub relays_since: Option<MessageSeq>,
+    /// History rows that were removed.
+    #[serde(default)]
+    pub messages_removed: u64,
+    /// Rows of the event log that were removed.
+    #[serde(default)]
+    pub events_removed: u64,
 }

@@ -672,6 +672,12 @@ impl Deliveries {
         self.lanes.iter().map(|lane| lane.total).sum()
     }
 
+    /// Rows in memory.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.window.len() + lane.side.len()).sum()
+    }
+
     /// Rows of one endpoint in memory: in the window, and beside it.
     #[must_use]
     pub fn in_memory(&self, ordinal: u32) -> (usize, usize) {

@@ -579,11 +579,18 @@ impl Life {
     /// Who must act.
     #[must_use]
     pub fn attention(&self) -> Attention {
+        let temporarily_banned = CloseReason::TemporarilyBanned { code: 0, until: None }.code();
         match self.state {
             State::Unlinked | State::LoggedOut => Attention::Owner,
-            State::Parked { .. } if self.reason == "TEMPORARILY_BANNED" => Attention::Owner,
-            State::Parked { .. } if self.reason == "RATE_LIMITED" => Attention::None,
+            State::Parked { .. } if self.reason == temporarily_banned => Attention::Owner,
+            State::Parked { .. } if self.reason == CloseReason::RateLimited.code() => Attention::None,
             State::Parked { .. } | State::Degraded | State::Replaced | State::Quarantined => Attention::Operator,
+            // Its owner gave it the proxy and the proxy's password.
+            State::Offline { .. } | State::AwaitingGate | State::Connecting
+                if self.reason == CloseReason::ProxyLoginRefused.code() =>
+            {
+                Attention::Owner
+            }
             State::Offline { .. } | State::AwaitingGate | State::Connecting if self.alike >= ALIKE_ALERT => {
                 Attention::Operator
             }

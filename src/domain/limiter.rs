@@ -345,6 +345,12 @@ impl Limiter {
         Self { limits, number, chats, openings, warm_since: record.warm_since, look_at }
     }
 
+    /// Chats whose pace is remembered.
+    #[must_use]
+    pub fn paced_chats(&self) -> usize {
+        self.chats.len()
+    }
+
     /// What is stored of it; `new_chats` is kept beside it.
     #[must_use]
     pub fn record(&self, new_chats: NewChats) -> LimiterRecord {

@@ -12,6 +12,7 @@ pub mod endpoint;
 pub mod event;
 pub mod gate;
 pub mod id;
+pub mod ledger;
 pub mod lifecycle;
 pub mod limiter;
 pub mod message;

@@ -18,6 +18,7 @@ use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
 use crate::domain::gate::{Outcome, Priority};
 use crate::domain::id::{EventSeq, NumberId};
+use crate::domain::ledger::SessionMemory;
 use crate::domain::lifecycle::{self, Purpose};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::FailureCode;
@@ -25,7 +26,7 @@ use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
 use crate::domain::proxy::{Proxy, ProxyAddress, Way};
 use crate::domain::retention::Rules;
 use crate::domain::time::Timestamp;
-use crate::session::contract::{SendError, SessionCommand};
+use crate::session::contract::{SendError, SessionCommand, Usage};
 use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
 use crate::telemetry::backoff::Backoff;
@@ -34,6 +35,8 @@ use crate::telemetry::metrics;
 
 /// Longest sleep while something is due later: a wall clock that was set forward is noticed within it.
 const WAKE_WITHIN: Duration = Duration::from_secs(60);
+/// So long after something was due its timer is not waited for any more.
+const WAKE_LATE: Duration = Duration::from_secs(1);
 
 /// A number whose proxy is down looks again by itself after this; as a rule it is woken before.
 const WAY_LOOK: Duration = Duration::from_mins(15);
@@ -75,6 +78,8 @@ pub struct NumberState {
     pub(super) through: Option<Passage>,
     pub(super) connection: Connection,
     pub(super) next_connection: u64,
+    /// What the present session has told of itself.
+    pub(super) usage: Usage,
     /// What the phone is given that is to be linked.
     pub(super) link_by: lifecycle::LinkBy,
     pub(super) waiters: HashMap<ReplyId, Waiter>,
@@ -143,6 +148,7 @@ impl Actor for NumberActor {
             through: None,
             connection: Connection::None,
             next_connection: 1,
+            usage: Usage::default(),
             link_by: lifecycle::LinkBy::default(),
             waiters: HashMap::new(),
             next_reply: 1,
@@ -392,6 +398,14 @@ impl NumberState {
         }
     }
 
+    fn note_usage(&mut self, usage: Usage) {
+        let stats = self.handle.stats();
+        stats.wire_received.add(usage.received.saturating_sub(self.usage.received));
+        stats.wire_sent.add(usage.sent.saturating_sub(self.usage.sent));
+        stats.set_session_memory(usage.memory);
+        self.usage = usage;
+    }
+
     fn on_session(&mut self, no: ConnectionNo, event: FromSession, myself: &ActorRef<NumberMessage>) {
         let now = self.environment.clock.now();
         self.handle.stats().touch(now);
@@ -399,6 +413,7 @@ impl NumberState {
             FromSession::Opened(commands) => {
                 let close = matches!(self.connection, Connection::Opening { close_wanted: true, .. });
                 self.connection = Connection::Open { no, commands };
+                self.usage = Usage::default();
                 if close {
                     self.close_connection(myself);
                 }
@@ -421,6 +436,8 @@ impl NumberState {
             }
             FromSession::Troubled(trouble) => self.step(Input::Life(lifecycle::Input::Troubled(trouble)), myself),
             FromSession::Relieved(trouble) => self.step(Input::Life(lifecycle::Input::Relieved(trouble)), myself),
+            FromSession::ServerTime(at) => self.environment.clock.server_says(at),
+            FromSession::Usage(usage) => self.note_usage(usage),
             FromSession::Alive => self.step(Input::Life(lifecycle::Input::Alive), myself),
             FromSession::Written => {}
             FromSession::NotWritten { seq, error } => {
@@ -446,6 +463,7 @@ impl NumberState {
                 }
                 self.attempt_ended(Outcome::of(&reason), Way::of(&reason));
                 self.connection = Connection::None;
+                self.handle.stats().set_session_memory(SessionMemory::default());
                 let backoff = self.backoff.next_delay(&self.environment.random);
                 self.step(Input::Life(lifecycle::Input::Closed { reason, backoff }), myself);
             }
@@ -563,6 +581,7 @@ impl NumberState {
         stats.outbox.set(number.outbox().len() as u64, number.outbox().oldest());
         stats.webhooks.set(number.deliveries().depth(), number.deliveries().oldest());
         self.handle.show_backlogs(number.deliveries().backlogs());
+        stats.set_taken(number.memory(), number.disk_rows());
         stats.set_capacity(number.basis(self.handle.is_capacity_watched(), now));
         let life = number.life();
         stats.set_state(life.state.code(), life.state.is_connected());
@@ -600,7 +619,8 @@ impl NumberState {
     fn schedule(&mut self, now: Timestamp, myself: &ActorRef<NumberMessage>) {
         let Some(due) = self.loaded.as_ref().and_then(|loaded| loaded.number.next_wake()) else { return };
         if let Some((set, timer)) = &self.wake {
-            if *set <= due {
+            // A timer that is this late runs by a clock that was set forward meanwhile.
+            if *set <= due && now.since(due) < WAKE_LATE {
                 return;
             }
             timer.abort();

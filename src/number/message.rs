@@ -20,7 +20,7 @@ use crate::domain::proxy::ProxyAddress;
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
 use crate::domain::trouble::Trouble;
-use crate::session::contract::{SendError, SessionCommand};
+use crate::session::contract::{SendError, SessionCommand, Usage};
 use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
 
@@ -193,6 +193,8 @@ pub(super) enum FromSession {
     Alive,
     Troubled(Trouble),
     Relieved(Trouble),
+    ServerTime(Timestamp),
+    Usage(Usage),
     Written,
     NotWritten { seq: MessageSeq, error: SendError },
     Acked { whatsapp_id: String, error: Option<u16> },

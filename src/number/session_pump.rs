@@ -110,6 +110,8 @@ impl SessionPump {
             SessionEvent::Alive => FromSession::Alive,
             SessionEvent::Troubled(trouble) => FromSession::Troubled(trouble),
             SessionEvent::Relieved(trouble) => FromSession::Relieved(trouble),
+            SessionEvent::ServerTime(at) => FromSession::ServerTime(at),
+            SessionEvent::Usage(usage) => FromSession::Usage(usage),
             SessionEvent::Written { .. } => FromSession::Written,
             SessionEvent::NotWritten { seq, error } => FromSession::NotWritten { seq, error },
             SessionEvent::Acked { whatsapp_id, error } => FromSession::Acked { whatsapp_id, error },

@@ -6,6 +6,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::domain::close::CloseReason;
 use crate::domain::id::MessageSeq;
+use crate::domain::ledger::SessionMemory;
 use crate::domain::limiter::LockAnswer;
 use crate::domain::message::{Content, Direction};
 use crate::domain::outbox::Devices;
@@ -44,6 +45,17 @@ pub struct Outgoing {
     pub content: Content,
     /// Whether the recipient's devices must be asked for again first.
     pub devices: Devices,
+}
+
+/// What a session takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Bytes that came since the session began.
+    pub received: u64,
+    /// Bytes that went.
+    pub sent: u64,
+    /// Its memory, estimated.
+    pub memory: SessionMemory,
 }
 
 /// What a session tells. Exactly one `Closed` ends every session.
@@ -110,6 +122,10 @@ pub enum SessionEvent {
         /// Answered once what follows from it is on disk; WhatsApp is told only then.
         durable: oneshot::Sender<Result<(), NotDurable>>,
     },
+    /// WhatsApp's clock, at this moment.
+    ServerTime(Timestamp),
+    /// What it takes, from time to time and at its end.
+    Usage(Usage),
     /// What WhatsApp says of its lock on new chats.
     Lock(LockAnswer),
     /// Messages to make durable. WhatsApp gets its receipt only after `durable` was answered with `Ok`.

@@ -376,6 +376,7 @@ impl ShardState {
 /// A number without an actor must not look connected.
 fn show(handle: &NumberHandle, state: State, again: Option<Timestamp>, reason: &str, now: Timestamp) {
     handle.stats().set_state(state.code(), false);
+    handle.stats().let_go_of_memory();
     let attention = if state == State::Quarantined { Attention::Operator } else { Attention::None };
     handle.stats().set_attention(attention);
     handle.change_view(|view| {

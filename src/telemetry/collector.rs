@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::number_stats::{NumberStats, STATE_NAMES};
+use crate::domain::ledger::{DiskRows, Memory};
 use crate::domain::time::Timestamp;
 
 /// Bytes of one rendered line, roughly: the buffer is made once, large enough.
@@ -33,7 +34,7 @@ const fn family(
     Family { name, kind, help, read }
 }
 
-const FAMILIES: [Family; 16] = [
+const FAMILIES: [Family; 20] = [
     family("up", "gauge", "Whether sends are possible now", |stats, _| Value::Integer(stats.is_up().into())),
     family("desired_up", "gauge", "Whether the owner wants it connected", |stats, _| {
         Value::Integer(stats.is_desired_up().into())
@@ -81,6 +82,18 @@ const FAMILIES: [Family; 16] = [
             Value::Seconds(Duration::from_millis(until.0))
         },
     ),
+    family("memory_bytes", "gauge", "Memory it takes, estimated; by part in the API", |stats, _| {
+        Value::Integer(stats.usage().0.total())
+    }),
+    family("disk_rows", "gauge", "Rows it has on disk, about; by part in the API", |stats, _| {
+        Value::Integer(stats.usage().1.total())
+    }),
+    family("wire_received_bytes_total", "counter", "Bytes that came from WhatsApp", |stats, _| {
+        Value::Integer(stats.wire_received.value())
+    }),
+    family("wire_sent_bytes_total", "counter", "Bytes that went to WhatsApp", |stats, _| {
+        Value::Integer(stats.wire_sent.value())
+    }),
     family(
         "last_activity_timestamp_seconds",
         "gauge",
@@ -112,6 +125,26 @@ pub fn render<'a>(numbers: impl IntoIterator<Item = (&'a str, &'a NumberStats)>,
         }
     }
     render_states(&numbers, out);
+    render_taken(&numbers, out);
+}
+
+/// What all numbers together take, by part: ten thousand times seven series would be too many.
+fn render_taken(numbers: &[(&str, &NumberStats)], out: &mut String) {
+    let mut memory = Memory::default().parts();
+    let mut disk = DiskRows::default().parts();
+    for (_, stats) in numbers {
+        let (of_number, rows) = stats.usage();
+        memory.iter_mut().zip(of_number.parts()).for_each(|(sum, (_, bytes))| sum.1 += bytes);
+        disk.iter_mut().zip(rows.parts()).for_each(|(sum, (_, rows))| sum.1 += rows);
+    }
+    header(out, "switchboard_numbers_memory_bytes", "gauge", "Memory that numbers take, estimated");
+    for (part, bytes) in memory {
+        push_line(out, format_args!("switchboard_numbers_memory_bytes{{part=\"{part}\"}} {bytes}"));
+    }
+    header(out, "switchboard_numbers_disk_rows", "gauge", "Rows that numbers have on disk, about");
+    for (part, rows) in disk {
+        push_line(out, format_args!("switchboard_numbers_disk_rows{{part=\"{part}\"}} {rows}"));
+    }
 }
 
 fn render_states(numbers: &[(&str, &NumberStats)], out: &mut String) {
@@ -185,9 +218,9 @@ mod tests {
                 seen.push(name);
             }
         }
-        assert_eq!(seen.len(), FAMILIES.len() + 1);
+        assert_eq!(seen.len(), FAMILIES.len() + 3);
         let samples = text.lines().filter(|line| !line.starts_with('#'));
-        assert_eq!(samples.count(), 3 * FAMILIES.len() + STATE_NAMES.len());
+        assert_eq!(samples.count(), 3 * FAMILIES.len() + STATE_NAMES.len() + 7 + 4);
     }
 
     #[test]

@@ -41,6 +41,7 @@ const QUARANTINES_TOTAL: &str = "switchboard_quarantines_total";
 const SLOT_TIMEOUTS_TOTAL: &str = "switchboard_slot_timeouts_total";
 const RESENT_TOTAL: &str = "switchboard_messages_resent_total";
 const SWEPT_ROWS_TOTAL: &str = "switchboard_swept_rows_total";
+const CLOCK_TRUSTED: &str = "switchboard_clock_trusted";
 const CONTACTS_ERASED_TOTAL: &str = "switchboard_contacts_erased_total";
 const SWEEP_PASSES_TOTAL: &str = "switchboard_sweep_passes_total";
 const PANICS_TOTAL: &str = "switchboard_panics_total";
@@ -123,6 +124,11 @@ fn describe() {
     describe_histogram!(API_REQUEST_SECONDS, "API calls, by protocol and method");
     describe_counter!(API_REFUSED_TOTAL, "Calls that were shed or cut by their deadline");
     describe_gauge!(API_STREAMS, "Open streams");
+    describe_gauge!(
+        CLOCK_TRUSTED,
+        "Whether the system's clock is followed: 0 after a jump that WhatsApp's did not make"
+    );
+    gauge!(CLOCK_TRUSTED).set(1.0);
     describe_gauge!(GATE_WAITING, "Numbers waiting for their turn to connect");
     describe_gauge!(GATE_OPENING, "Sessions being opened");
     describe_counter!(GATE_GRANTS_TOTAL, "Sessions allowed to open");
@@ -348,6 +354,11 @@ pub fn slow_stream() {
 /// Rows were kept long enough.
 pub fn swept_rows(count: u64) {
     counter!(SWEPT_ROWS_TOTAL).increment(count);
+}
+
+/// The system's clock is followed, or not.
+pub fn clock_trusted(trusted: bool) {
+    gauge!(CLOCK_TRUSTED).set(if trusted { 1.0 } else { 0.0 });
 }
 
 /// Nothing is left of a contact.

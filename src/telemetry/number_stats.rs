@@ -2,11 +2,12 @@
 //! Written with relaxed ordering: each figure stands for itself.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::domain::capacity::Basis;
 use crate::domain::id::{NumberId, TenantId};
+use crate::domain::ledger::{DiskRows, Memory, SessionMemory};
 use crate::domain::lifecycle::Attention;
 use crate::domain::time::Timestamp;
 
@@ -43,11 +44,16 @@ pub struct NumberStats {
     pub received: Counter,
     /// Messages that will never be sent.
     pub failed: Counter,
+    /// Bytes that came from WhatsApp since the daemon started, as they were on the wire without TLS.
+    pub wire_received: Counter,
+    /// Bytes that went to WhatsApp.
+    pub wire_sent: Counter,
     /// Accepted messages that WhatsApp has not acknowledged.
     pub outbox: Queue,
     /// Deliveries that wait for an endpoint.
     pub webhooks: Queue,
     capacity: Mutex<Option<Basis>>,
+    taken: Mutex<(Memory, DiskRows)>,
     attention: AtomicU8,
     new_chats_held_until: AtomicU64,
     last_activity: AtomicU64,
@@ -117,6 +123,32 @@ impl NumberStats {
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.up.load(Ordering::Relaxed)
+    }
+
+    /// What it takes of memory, its session left as it was, and of disk.
+    pub fn set_taken(&self, memory: Memory, disk: DiskRows) {
+        let mut taken = self.taken();
+        *taken = (Memory { session: taken.0.session, ..memory }, disk);
+    }
+
+    /// Its actor is gone, and with it all that it held.
+    pub fn let_go_of_memory(&self) {
+        self.taken().0 = Memory::default();
+    }
+
+    /// What its session takes of memory.
+    pub fn set_session_memory(&self, session: SessionMemory) {
+        self.taken().0.session = session;
+    }
+
+    /// What it takes of memory and of disk.
+    #[must_use]
+    pub fn usage(&self) -> (Memory, DiskRows) {
+        *self.taken()
+    }
+
+    fn taken(&self) -> MutexGuard<'_, (Memory, DiskRows)> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Who must act: nobody, its owner, or the operator.

@@ -322,7 +322,7 @@ impl World {
     }
 }
 
-async fn put_forward(admin: SocketAddr, seconds: u64) {
+pub(crate) async fn put_forward(admin: SocketAddr, seconds: u64) {
     call(admin, "POST", &format!("/debug/clock?seconds={seconds}"), &[], "").await.unwrap();
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use switchboard::api::grpc::proto;
-use switchboard::api::grpc::proto::NumberState;
+use switchboard::api::grpc::proto::{Attention, NumberState};
 use switchboard::demo::client::{Caller, OwnedNumber};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
@@ -204,7 +204,8 @@ async fn numbers_connect_through_their_proxies_and_nobody_sees_the_password() {
     let wrong = socks.url("socks5", "user:wrong@");
     set_proxy(&tenant, &behind.id, &wrong).await.unwrap();
     until("the refusal is told", async || {
-        (world.number(&tenant, &behind.id).await.reason == "PROXY_AUTH_FAILED").then_some(())
+        let shown = world.number(&tenant, &behind.id).await;
+        (shown.reason == "PROXY_AUTH_FAILED" && shown.attention() == Attention::Owner).then_some(())
     })
     .await;
     set_proxy(&tenant, &behind.id, "").await.unwrap();

@@ -6,7 +6,7 @@ use switchboard::demo::phones::{CallError, call};
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
-use crate::harness::World;
+use crate::harness::{World, until};
 
 const ONE: &str = "15556000001";
 const CUSTOMER: &str = "15556000099";
@@ -121,4 +121,48 @@ async fn cursors_and_page_tokens_are_checked() {
     let request = proto::SendMessageRequest { to: CUSTOMER.to_owned(), ..Default::default() };
     let refused = tenant.messages().send_message(request).await.unwrap_err();
     assert_eq!(refused.get_details_error_info().unwrap().reason, "NUMBER_REQUIRED");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_number_takes_can_be_attributed() {
+    let world = World::new().await;
+    let (tenant, _, numbers) = world.tenant("usage", &["15559200001"]).await;
+    let number = &numbers[0];
+    let usage = async || world.number(&tenant, &number.id).await.usage.unwrap();
+    let connected = until("its connection is told of", async || {
+        let taken = usage().await;
+        (taken.memory_bytes["connection"] > 0).then_some(taken)
+    })
+    .await;
+    assert!(connected.wire_received_bytes > 0 && connected.wire_sent_bytes > 0, "{connected:?}");
+    let rows = connected.disk_rows["messages"];
+    for index in 0..5 {
+        number.caller.send_text("15559200099", &format!("row {index}"), &format!("row {index}")).await.unwrap();
+    }
+    let counted = async || (usage().await.disk_rows["messages"] == rows + 5).then_some(());
+    until("the history has grown by five rows", counted).await;
+    assert!(usage().await.disk_rows["events"] > 0);
+    // Held while nobody can send them.
+    let request = proto::StopNumberRequest { number: number.id.clone() };
+    tenant.numbers().stop_number(request).await.unwrap();
+    let stopped = until("its connection has gone", async || {
+        let taken = usage().await;
+        (taken.memory_bytes["connection"] == 0).then_some(taken)
+    })
+    .await;
+    assert!(stopped.wire_sent_bytes > connected.wire_sent_bytes, "{stopped:?}");
+    number.caller.send_text("15559200099", "held", "held").await.unwrap();
+    let held = until("the outbox takes memory and a row", async || {
+        let taken = usage().await;
+        (taken.disk_rows["outbox"] > 0 && taken.memory_bytes["outbox"] > 0).then_some(taken)
+    })
+    .await;
+    let told = world.metric("switchboard_number_memory_bytes", &number.id).await;
+    assert!(told >= held.memory_bytes["outbox"] as f64);
+    assert_eq!(
+        world.metric("switchboard_number_disk_rows", &number.id).await,
+        held.disk_rows.values().sum::<i64>() as f64
+    );
+    let metrics = world.metrics().await;
+    assert!(metrics.contains("switchboard_numbers_memory_bytes{part=\"outbox\"}"), "{metrics}");
 }

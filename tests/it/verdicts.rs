@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::{Attention, NumberState};
 use switchboard::demo::client::{Caller, OwnedNumber};
+use switchboard::demo::phones::call;
 use tokio::task::JoinSet;
 
-use crate::harness::{World, until};
+use crate::harness::{World, put_forward, until};
 
 const CUSTOMER: &str = "15554100099";
 
@@ -280,4 +281,50 @@ async fn a_connection_with_something_wrong_is_degraded_and_sends_on() {
         world.until_state(&tenant, &number.id, NumberState::Online).await;
     }
     world.webhook(keys, "number.recovered", |_| true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps_ends_no_ban_and_time_that_passes_does() {
+    let world = World::new().await;
+    let (tenant, _, numbers) = world.tenant("clock", &[&phone(400), &phone(401)]).await;
+    let [banned, other] = &numbers[..] else { unreachable!() };
+    let ban = parks(Login(402, Some((101, 7_200))), "TEMPORARILY_BANNED", 101, 7_200, Attention::Owner);
+    ban.strike(&world, &banned.phone).await;
+    let parked = world.until_state(&tenant, &banned.id, NumberState::Parked).await;
+    world.fault(&json!({ "clear": true })).await;
+    let logins_of = async |phone: &str| {
+        let stats = world.phones.stats_of(phone).await.unwrap();
+        let devices = stats["devices"].as_object().unwrap().values();
+        devices.map(|device| device["logins"].as_u64().unwrap()).sum::<u64>()
+    };
+    let logins = async || logins_of(&banned.phone).await;
+    let before = logins().await;
+    let step = async |seconds: i64| {
+        let path = format!("/debug/clock-step?seconds={seconds}");
+        call(world.admin(), "POST", &path, &[], "").await.unwrap();
+    };
+    let trusted = async |expected: f64| {
+        let told = async || (world.metric("switchboard_clock_trusted", "").await == expected).then_some(());
+        until("it is told whether the clock is believed", told).await;
+    };
+    step(3 * 3600).await;
+    // Work makes it look at the clock; a new login tells it WhatsApp's, which has not jumped.
+    other.caller.send_text(CUSTOMER, "after the jump", "after the jump").await.unwrap();
+    trusted(0.0).await;
+    let once = logins_of(&other.phone).await;
+    world.phones.kick(&other.phone, "drop").await.unwrap();
+    until("it has logged in again", async || (logins_of(&other.phone).await > once).then_some(())).await;
+    world.until_state(&tenant, &other.id, NumberState::Online).await;
+    other.caller.send_text(CUSTOMER, "still here", "still here").await.unwrap();
+    until("it is shown", async || (world.copies(CUSTOMER, "still here").await == 1).then_some(())).await;
+    let shown = world.number(&tenant, &banned.id).await;
+    assert_eq!((shown.state(), shown.next_attempt_time), (NumberState::Parked, parked.next_attempt_time));
+    assert_eq!(logins().await, before, "the ban holds");
+    step(-3 * 3600).await;
+    trusted(1.0).await;
+    put_forward(world.admin(), 7_300).await;
+    // It would look by itself within a minute.
+    banned.caller.send_text(CUSTOMER, "free again", "free again").await.unwrap();
+    world.until_state(&tenant, &banned.id, NumberState::Online).await;
+    assert_eq!(logins().await, before + 1);
 }

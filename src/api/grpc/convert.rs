@@ -6,7 +6,7 @@ use super::{limits, proto as pb};
 use crate::api::error::ApiError;
 use crate::api::events::Step;
 use crate::api::messages::MessageCard;
-use crate::api::numbers::{NumberCard, NumberChange, keep_days};
+use crate::api::numbers::{NumberCard, NumberChange, NumberUsage, keep_days};
 use crate::api::pairing::PairingStep;
 use crate::api::webhooks::{AttemptCard, WebhookCard};
 use crate::domain::delivery::DeadLetter;
@@ -91,7 +91,7 @@ pub(super) fn client_version(card: VersionCard) -> pb::ClientVersion {
 }
 
 pub(super) fn number(card: NumberCard) -> pb::Number {
-    let NumberCard { record, view, restarts, paused } = card;
+    let NumberCard { record, view, restarts, paused, usage } = card;
     let kind = match record.kind {
         NumberKind::Linked => pb::NumberKind::Linked,
         NumberKind::Official => pb::NumberKind::Official,
@@ -132,6 +132,19 @@ pub(super) fn number(card: NumberCard) -> pb::Number {
         own_limits: Some(limits::own_limits(record.orders.limits)),
         paused_since: paused.map(|pause| time(pause.since)),
         paused_until: paused.and_then(|pause| pause.until).map(time),
+        usage: Some(number_usage(usage)),
+    }
+}
+
+fn number_usage(usage: NumberUsage) -> pb::NumberUsage {
+    let figure = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    let named =
+        |parts: &[(&str, u64)]| parts.iter().map(|(name, value)| ((*name).to_owned(), figure(*value))).collect();
+    pb::NumberUsage {
+        memory_bytes: named(&usage.memory.parts()),
+        disk_rows: named(&usage.disk.parts()),
+        wire_received_bytes: figure(usage.wire_received),
+        wire_sent_bytes: figure(usage.wire_sent),
     }
 }
 

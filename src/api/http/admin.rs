@@ -53,7 +53,8 @@ pub fn admin(parts: AdminParts) -> Router {
     #[cfg(feature = "sandbox")]
     let router = router
         .route("/debug/panic", axum::routing::post(make_panic))
-        .route("/debug/clock", axum::routing::post(put_clock_forward));
+        .route("/debug/clock", axum::routing::post(put_clock_forward))
+        .route("/debug/clock-step", axum::routing::post(step_clock));
     router.with_state(Arc::new(Admin { parts, scraping: Mutex::new(()) }))
 }
 
@@ -167,6 +168,21 @@ async fn put_clock_forward(
     match query.get("seconds").and_then(|seconds| seconds.parse().ok()) {
         Some(seconds) => {
             admin.parts.clock.put_forward(Duration::from_secs(seconds));
+            StatusCode::NO_CONTENT
+        }
+        None => StatusCode::BAD_REQUEST,
+    }
+}
+
+/// Sets what the system's clock says: for tests of clocks that jump.
+#[cfg(feature = "sandbox")]
+async fn step_clock(
+    State(admin): State<Arc<Admin>>,
+    axum::extract::Query(query): axum::extract::Query<std::collections::HashMap<String, String>>,
+) -> StatusCode {
+    match query.get("seconds").and_then(|seconds| seconds.parse::<i64>().ok()) {
+        Some(seconds) => {
+            admin.parts.clock.step_system(seconds.saturating_mul(1000));
             StatusCode::NO_CONTENT
         }
         None => StatusCode::BAD_REQUEST,

@@ -9,6 +9,7 @@ mod predicting;
 mod receiving;
 mod retaining;
 mod sending;
+mod taking;
 mod timely;
 mod webhooks;
 

@@ -318,6 +318,7 @@ impl Number {
     fn forget(&mut self, removals: Vec<Removal>, draft: &mut Draft) {
         let mut kept_chats = BTreeSet::new();
         let before = draft.changes.len();
+        let counted = self.counters;
         for removal in removals {
             match &removal {
                 Removal::Message { seq, chat, .. } if self.is_unsettled(*seq) => {
@@ -329,6 +330,7 @@ impl Number {
                     if !self.retaining.is_erased(*seq, *chat) {
                         self.retaining.gone_through = self.retaining.gone_through.max(*seq);
                     }
+                    self.counters.messages_removed += 1;
                 }
                 Removal::Chat(chat) | Removal::Contact(chat, _) => {
                     if kept_chats.contains(chat) || self.retaining.used_chats.contains(chat) {
@@ -337,9 +339,9 @@ impl Number {
                     self.fresh_chats.retain(|(_, known)| known != chat);
                 }
                 Removal::Event(seq) if seq.0 > self.counters.event_floor || self.is_sent_again(*seq) => continue,
+                Removal::Event(_) => self.counters.events_removed += 1,
                 Removal::Idempotency(..)
                 | Removal::Seen(..)
-                | Removal::Event(_)
                 | Removal::EventBody(..)
                 | Removal::Delivery(..)
                 | Removal::DeadLetter(..)
@@ -349,6 +351,9 @@ impl Number {
             draft.changes.push(Change::Removed(removal));
         }
         let count = draft.changes.len() - before;
+        if self.counters != counted {
+            draft.changes.push(Change::Counters(self.counters));
+        }
         if count > 0 {
             draft.effects.push(Effect::Count(Counted::Swept(count as u64)));
         }

@@ -33,6 +33,7 @@ use super::session::{LinkParams, Purpose};
 use super::signals::{QUEUE_MAX, RECOVERED_MAX, Signals};
 use super::stanza::Certainty;
 use super::transport::{Reached, SocketSlot};
+use super::usage;
 use crate::domain::close::CloseReason;
 use crate::domain::lifecycle::LinkBy;
 use crate::domain::trouble::Trouble;
@@ -188,7 +189,7 @@ async fn live(
         parts,
         store,
         is_pairing,
-        subscription: subscribe(&client, parts.signals.clone()),
+        subscription: subscribe(&client, parts.signals.clone(), parts.environment.clock().clone()),
         raw_nodes: client.acquire_raw_node_forwarding(),
         outbound: Outbound::new(parts.signals.clone(), wire, span.clone()),
         inbox: Inbox::new(parts.signals.clone()),
@@ -207,6 +208,7 @@ async fn live(
         online_by: Some(Instant::now() + if is_pairing { SCAN_WITHIN } else { CONNECT_WITHIN }),
         tick_at: Instant::now() + TICK,
         prekeys_missing: None,
+        tell_usage_at: Instant::now() + usage::TELL_EVERY,
         span,
         client,
     };
@@ -252,6 +254,7 @@ struct Connection<'a> {
     online_by: Option<Instant>,
     tick_at: Instant,
     prekeys_missing: Option<Instant>,
+    tell_usage_at: Instant,
     span: tracing::Span,
 }
 
@@ -312,7 +315,9 @@ impl Connection<'_> {
             return Some(reason);
         }
         if self.signals().is_online() {
-            self.online_by = None;
+            if self.online_by.take().is_some() {
+                self.tell_usage();
+            }
             if !self.left.is_empty() {
                 let answer = answer_all(self.outbound.wire(), self.signals().clone(), std::mem::take(&mut self.left));
                 self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
@@ -509,6 +514,9 @@ impl Connection<'_> {
             self.answering.spawn(Box::pin(answer).instrument(self.span.clone()));
         }
         self.check_prekeys(now);
+        if now >= self.tell_usage_at {
+            self.tell_usage();
+        }
         let silence = self.signals().silence()?;
         if silence >= UNRESPONSIVE_AFTER {
             return Some(CloseReason::Unresponsive);
@@ -517,6 +525,12 @@ impl Connection<'_> {
             self.ask();
         }
         None
+    }
+
+    fn tell_usage(&mut self) {
+        self.tell_usage_at = Instant::now() + usage::TELL_EVERY;
+        let tell = usage::tell(self.client.clone(), self.signals().clone());
+        self.answering.spawn(Box::pin(tell).instrument(self.span.clone()));
     }
 
     /// Everything that had waited for this connection has arrived.
@@ -575,6 +589,7 @@ impl Connection<'_> {
             parts.backend.seal();
             parts.slot.close().await;
         }
+        usage::tell_last(&client, signals);
         drop((subscription, raw_nodes, client, running));
         parts.runtime.idle(TASKS_END_WITHIN).await;
         parts.backend.seal();

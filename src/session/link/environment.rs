@@ -20,6 +20,7 @@ use super::trust::is_sandbox_build;
 use super::version::ClientVersions;
 use crate::domain::version::ClientVersion;
 use crate::store::meta::Meta;
+use crate::telemetry::clock::{Clock, SystemClock};
 
 /// Where WhatsApp is.
 #[derive(Debug, Clone)]
@@ -32,11 +33,19 @@ pub struct LinkConfig {
     pub proxies: fn(IpAddr) -> bool,
     /// Where the version is kept; without it, it is found again after a restart.
     pub meta: Option<Arc<Meta>>,
+    /// What time it is.
+    pub clock: Arc<dyn Clock>,
 }
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self { url: WHATSAPP_WEB_WS_URL.to_owned(), client_version: None, proxies: |_| true, meta: None }
+        Self {
+            url: WHATSAPP_WEB_WS_URL.to_owned(),
+            client_version: None,
+            proxies: |_| true,
+            meta: None,
+            clock: Arc::new(SystemClock::new()),
+        }
     }
 }
 
@@ -69,6 +78,7 @@ pub struct LinkEnvironment {
     http: Arc<dyn HttpClient>,
     versions: Arc<ClientVersions>,
     proxies: fn(IpAddr) -> bool,
+    clock: Arc<dyn Clock>,
     sandbox_build: bool,
     sessions: Mutex<JoinSet<()>>,
     stop: watch::Sender<bool>,
@@ -130,9 +140,10 @@ impl LinkEnvironment {
         let http: Arc<dyn HttpClient> = Arc::new(LinkHttp::new(tls, sandbox_build)?);
         Ok(Arc::new(Self {
             endpoint,
-            versions: ClientVersions::new(config.client_version, config.meta, http.clone()),
+            versions: ClientVersions::new(config.client_version, config.meta, http.clone(), config.clock.clone()),
             http,
             proxies: config.proxies,
+            clock: config.clock,
             sandbox_build,
             sessions: Mutex::default(),
             stop: watch::Sender::new(false),
@@ -177,6 +188,10 @@ impl LinkEnvironment {
 
     pub(super) fn stop_signal(&self) -> watch::Receiver<bool> {
         self.stop.subscribe()
+    }
+
+    pub(super) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
     }
 
     pub(super) fn endpoint(&self) -> &Endpoint {

@@ -15,7 +15,6 @@ use whatsapp_rust::wacore_binary::NodeRef;
 use super::contact::contact_of;
 use super::inbound::placeholder;
 use super::repeats::asked_by;
-use super::session::wall_clock;
 use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
 use crate::domain::close::CloseReason;
@@ -23,6 +22,7 @@ use crate::domain::lifecycle::LinkBy;
 use crate::domain::time::Timestamp;
 use crate::domain::trouble::Trouble;
 use crate::session::contract::{ReceiptKind, SessionEvent};
+use crate::telemetry::clock::Clock;
 
 /// Exactly what is read below: an event nobody subscribes to is not even built.
 const INTEREST: [EventKind; 15] = [
@@ -45,11 +45,12 @@ const INTEREST: [EventKind; 15] = [
 
 struct Handler {
     signals: Arc<Signals>,
+    clock: Arc<dyn Clock>,
 }
 
 /// Subscribes before the first connection; dropping the result unsubscribes.
-pub(super) fn subscribe(client: &Arc<Client>, signals: Arc<Signals>) -> Subscription {
-    client.subscribe(EventInterest::of(&INTEREST), Arc::new(Handler { signals }))
+pub(super) fn subscribe(client: &Arc<Client>, signals: Arc<Signals>, clock: Arc<dyn Clock>) -> Subscription {
+    client.subscribe(EventInterest::of(&INTEREST), Arc::new(Handler { signals, clock }))
 }
 
 impl EventHandler for Handler {
@@ -113,8 +114,10 @@ impl Handler {
             self.signals.answered();
         } else if let Some(asked) = asked_by(node) {
             self.signals.push_asked(asked);
-        } else if let Some((certainty, reason)) = stanza::ending(node, wall_clock()) {
+        } else if let Some((certainty, reason)) = stanza::ending(node, self.clock.now()) {
             self.signals.note(certainty, reason);
+        } else if let Some(at) = stanza::server_time(node) {
+            self.signals.tell(SessionEvent::ServerTime(at));
         } else if let Some(phone) = stanza::scanned_by(node) {
             // Refused before the library accepts: sealed, its reply cannot leave, and the phone shows a failure.
             if phone.is_some() && phone == self.signals.expected {
@@ -195,6 +198,7 @@ fn receipt_kind(kind: &ReceiptType) -> Option<ReceiptKind> {
 mod tests {
     use super::*;
     use crate::domain::phone::Phone;
+    use crate::telemetry::clock::SystemClock;
     use tokio::sync::mpsc;
     use whatsapp_rust::NodeBuilder;
     use whatsapp_rust::wacore_binary::Node;
@@ -203,7 +207,7 @@ mod tests {
         let (queue, entries) = mpsc::channel(8);
         let (late, _) = mpsc::channel(1);
         let signals = Signals::new(Phone::parse(expected).ok(), LinkBy::QrCode, queue, late);
-        let handler = Handler { signals: signals.clone() };
+        let handler = Handler { signals: signals.clone(), clock: Arc::new(SystemClock::new()) };
         (handler, signals, entries)
     }
 

@@ -23,6 +23,7 @@ mod signals;
 mod stanza;
 mod transport;
 mod trust;
+mod usage;
 mod version;
 
 pub use self::backend::{ProvisionError, forget_device, is_linked, provision};

@@ -9,7 +9,6 @@ use super::environment::LinkEnvironment;
 use crate::domain::lifecycle::LinkBy;
 use crate::domain::phone::Phone;
 use crate::domain::proxy::Proxy;
-use crate::domain::time::Timestamp;
 use crate::session::contract::{COMMANDS_MAX, SessionEvent, SessionHandle};
 use crate::store::number_store::NumberStore;
 
@@ -51,11 +50,4 @@ pub fn open(environment: &Arc<LinkEnvironment>, params: LinkParams) -> SessionHa
     let (commands, received) = mpsc::channel(COMMANDS_MAX);
     environment.own(drive(environment.clone(), params, received));
     SessionHandle { commands }
-}
-
-/// The present by the wall clock: bans are told as a length and kept as a moment.
-pub(super) fn wall_clock() -> Timestamp {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let millis = since.map(|since| since.as_millis()).unwrap_or(0);
-    Timestamp(u64::try_from(millis).unwrap_or(u64::MAX))
 }

@@ -29,6 +29,13 @@ fn code(node: &NodeRef<'_>, key: &str) -> Option<u16> {
     Some(u16::try_from(value).unwrap_or(u16::MAX))
 }
 
+/// WhatsApp's clock, where this stanza is the answer to a login.
+pub(super) fn server_time(node: &NodeRef<'_>) -> Option<Timestamp> {
+    let said = (node.tag.as_ref() == "success").then(|| node.get_attr("t"))??;
+    let seconds: u64 = said.as_str().parse().ok()?;
+    Some(Timestamp(seconds.checked_mul(1000)?))
+}
+
 /// Why the connection ends, if this stanza says so. `now` is when it arrived: bans carry a length, not an end.
 pub(super) fn ending(node: &NodeRef<'_>, now: Timestamp) -> Option<Ending> {
     match node.tag.as_ref() {

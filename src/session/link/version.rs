@@ -7,10 +7,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 use whatsapp_rust::wacore::net::HttpClient;
 
-use super::session::wall_clock;
 use crate::domain::version::{ClientVersion, Found, Source, Versions, WORRYING_AGE};
 use crate::store::error::StoreError;
 use crate::store::meta::Meta;
+use crate::telemetry::clock::Clock;
 use crate::telemetry::metrics;
 
 /// Longest time one look-up may take.
@@ -35,6 +35,7 @@ pub struct ClientVersions {
     in_force: watch::Sender<Option<ClientVersion>>,
     look: Notify,
     http: Arc<dyn HttpClient>,
+    clock: Arc<dyn Clock>,
     meta: Option<Arc<Meta>>,
     /// One order at a time, so that the disk and the memory agree on the last one.
     ordering: tokio::sync::Mutex<()>,
@@ -52,6 +53,7 @@ impl ClientVersions {
         configured: Option<ClientVersion>,
         meta: Option<Arc<Meta>>,
         http: Arc<dyn HttpClient>,
+        clock: Arc<dyn Clock>,
     ) -> Arc<Self> {
         let kept = meta.as_ref().map(|meta| meta.client_version()).unwrap_or_default();
         let state = Versions::new(configured, kept);
@@ -61,6 +63,7 @@ impl ClientVersions {
             in_force,
             look: Notify::new(),
             http,
+            clock,
             meta,
             ordering: tokio::sync::Mutex::default(),
             started: Instant::now(),
@@ -138,7 +141,7 @@ impl ClientVersions {
             self.not_found();
             return;
         };
-        let found = Found { version: ClientVersion { primary, secondary, tertiary }, at: wall_clock() };
+        let found = Found { version: ClientVersion { primary, secondary, tertiary }, at: self.clock.now() };
         self.state().found(found, rand::random_range(JITTER), self.started.elapsed());
         self.publish();
         if let Some(meta) = &self.meta
@@ -150,7 +153,7 @@ impl ClientVersions {
 
     fn not_found(&self) {
         self.state().lookup_failed(self.started.elapsed());
-        let age = self.card().found.map(|found| wall_clock().since(found.at));
+        let age = self.card().found.map(|found| self.clock.now().since(found.at));
         let age_hours = age.map(|age| age.as_secs() / 3600);
         if age.is_some_and(|age| age < WORRYING_AGE) {
             tracing::warn!(age_hours, "version of whatsapp web not found, the last one is used");
@@ -186,6 +189,7 @@ impl ClientVersions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::clock::SystemClock;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     use anyhow::bail;
@@ -224,7 +228,7 @@ mod tests {
     async fn it_is_looked_up_once_for_everybody_and_the_last_good_one_stays() {
         let web = Arc::new(Web::default());
         web.tertiary.store(7, Ordering::SeqCst);
-        let versions = ClientVersions::new(None, None, web.clone());
+        let versions = ClientVersions::new(None, None, web.clone(), Arc::new(SystemClock::new()));
         let _running = Abort(tokio::task::spawn(versions.clone().run()));
         let mut sessions = tokio::task::JoinSet::new();
         for _ in 0..1_000 {
@@ -248,7 +252,7 @@ mod tests {
     async fn nobody_is_asked_while_an_order_holds() {
         let web = Arc::new(Web::default());
         web.tertiary.store(7, Ordering::SeqCst);
-        let versions = ClientVersions::new(None, None, web.clone());
+        let versions = ClientVersions::new(None, None, web.clone(), Arc::new(SystemClock::new()));
         versions.order(Some(version(9))).await.unwrap();
         let _running = Abort(tokio::task::spawn(versions.clone().run()));
         versions.distrust();
@@ -267,12 +271,14 @@ mod tests {
         let web = Arc::new(Web::default());
         web.tertiary.store(7, Ordering::SeqCst);
         let store = Store::open(&settings).unwrap();
-        ClientVersions::new(None, Some(store.meta().clone()), web.clone()).look_up().await;
+        ClientVersions::new(None, Some(store.meta().clone()), web.clone(), Arc::new(SystemClock::new()))
+            .look_up()
+            .await;
         store.close();
         drop(store);
         web.tertiary.store(0, Ordering::SeqCst);
         let store = Store::open(&settings).unwrap();
-        let versions = ClientVersions::new(None, Some(store.meta().clone()), web.clone());
+        let versions = ClientVersions::new(None, Some(store.meta().clone()), web.clone(), Arc::new(SystemClock::new()));
         versions.look_up().await;
         assert_eq!(versions.current().await, Some(version(7)));
         assert_eq!(versions.card().in_force, Some((version(7), Source::Kept)));
@@ -280,7 +286,8 @@ mod tests {
         store.close();
         drop((store, versions));
         let store = Store::open(&settings).unwrap();
-        let versions = ClientVersions::new(Some(version(8)), Some(store.meta().clone()), web);
+        let versions =
+            ClientVersions::new(Some(version(8)), Some(store.meta().clone()), web, Arc::new(SystemClock::new()));
         assert_eq!(versions.card().in_force, Some((version(9), Source::Override)));
         assert_eq!(versions.card().found.map(|found| found.version), Some(version(7)));
         store.close();
