@@ -62,6 +62,7 @@
 //! | a device's request for a repeat is answered, also after a crash | `session::link::repeats`, `faults::kill` |
 //! | a message that was opened and is nowhere is asked for again, not acknowledged | `tests/session.rs` |
 //! | what was taken in is known again on the next connection, after whatever outage | `session::link::backend::tests`, `faults::line` |
+//! | an order is answered clearly in every state, and the same again | `it::surface` |
 //! | what a number takes is told, and goes with its connection | `it::surface` |
 //! | messages that wait to be decrypted have a limit | `session::link::backlog::tests` |
 //! | statuses only climb | `domain::message::tests::the_ladder_only_climbs_whatever_the_order` |

@@ -174,6 +174,8 @@ reasons! {
     AlreadyLinked "ALREADY_LINKED" FailedPrecondition 409 false "the number is linked already; log it out first",
     /// The number is stopped.
     NumberStopped "NUMBER_STOPPED" FailedPrecondition 409 false "the number is stopped; start it first",
+    /// WhatsApp can only be told over the number's connection.
+    NumberNotConnected "NUMBER_NOT_CONNECTED" FailedPrecondition 409 false "the number is not connected",
     /// The number starts, restarts, or is quarantined.
     NumberUnavailable "NUMBER_UNAVAILABLE" Unavailable 503 true "the number is not served at this moment",
     /// The stream's client reads too slowly.

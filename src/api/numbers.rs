@@ -10,13 +10,13 @@ use super::token::TokenKind;
 use crate::domain::access::Caller;
 use crate::domain::id::NumberId;
 use crate::domain::ledger::{DiskRows, Memory};
-use crate::domain::lifecycle::Desired;
+use crate::domain::lifecycle::{Desired, State};
 use crate::domain::orders::{OwnLimits, PAUSE_MAX, Pause, SendingOrders};
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::proxy::Proxy;
 use crate::domain::retention::{DAYS_MAX, Retention};
 use crate::domain::time::Timestamp;
-use crate::number::handle::{Erased, NumberView};
+use crate::number::handle::{Erased, NumberHandle, NumberView};
 use crate::number::message::Control;
 use crate::store::error::StoreError;
 use crate::store::meta::{KeyRecord, KeySubject, NumberKind, NumberRecord};
@@ -172,7 +172,7 @@ impl Api {
                 handle.keep(record.retention);
                 if rerouted {
                     // A number without an actor reads it when it starts.
-                    let _ = handle.control(Control::Reroute).await;
+                    let _ = handle.control(Control::Reconnect).await;
                 }
                 Ok(record)
             })
@@ -315,17 +315,58 @@ impl Api {
         self.card(record)
     }
 
+    /// Unlinks the device at WhatsApp; harmless when there is none.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn logout_number(&self, caller: Caller, named: &str) -> Result<NumberCard, ApiError> {
+        let record = self.number_meant(caller, named)?;
+        let handle = self.handle_of(record.id)?;
+        let view = handle.view();
+        if view.linked && !view.state.is_connected() {
+            return Err(Reason::NumberNotConnected.into());
+        }
+        handle.control(Control::Logout).await?;
+        self.card(record)
+    }
+
+    /// Gives up the connection and opens another one; what only waits is tried now.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn restart_number(&self, caller: Caller, named: &str) -> Result<NumberCard, ApiError> {
+        let record = self.number_meant(caller, named)?;
+        let handle = self.handle_of(record.id)?;
+        let view = handle.view();
+        if view.desired == Desired::Stopped {
+            return Err(Reason::NumberStopped.into());
+        }
+        if view.state.is_connected() || view.state == State::Connecting {
+            handle.control(Control::Reconnect).await?;
+        } else {
+            self.start_now(&handle, record.id).await;
+        }
+        self.card(record)
+    }
+
+    /// Forgets crashes and ends whatever wait there is.
+    async fn start_now(&self, handle: &NumberHandle, id: NumberId) {
+        self.parts.fleet.reset(id);
+        // A quarantined number has no actor to take the order; the reset starts it.
+        let _ = handle.control(Control::Start).await;
+    }
+
     /// Ends a quarantine, a park or a wait at once.
     ///
     /// # Errors
     /// See the contract.
     pub async fn reset_number(&self, caller: Caller, named: &str) -> Result<NumberCard, ApiError> {
         let record = self.number_meant(caller, named)?;
-        self.parts.fleet.reset(record.id);
         let handle = self.handle_of(record.id)?;
         if handle.view().desired == Desired::Running {
-            // A quarantined number has no actor to take the order; the reset above starts it.
-            let _ = handle.control(Control::Start).await;
+            self.start_now(&handle, record.id).await;
+        } else {
+            self.parts.fleet.reset(record.id);
         }
         self.card(record)
     }

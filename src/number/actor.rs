@@ -389,7 +389,7 @@ impl NumberState {
                 }
                 self.step(Input::Life(lifecycle::Input::Pair), myself);
             }
-            Control::Reroute => self.reroute(myself),
+            Control::Reconnect => self.reconnect(myself),
             Control::Logout => {
                 if let Connection::Open { commands, .. } = &self.connection {
                     let _ = commands.try_send(SessionCommand::Logout);
@@ -553,8 +553,8 @@ impl NumberState {
         }
     }
 
-    /// Leaves the old proxy and takes the new one; a number that is to stay down does.
-    fn reroute(&mut self, myself: &ActorRef<NumberMessage>) {
+    /// Connects anew; a number that is to stay down does.
+    fn reconnect(&mut self, myself: &ActorRef<NumberMessage>) {
         let Some(Loaded { number, .. }) = &self.loaded else { return };
         if number.life().desired == lifecycle::Desired::Stopped || !number.life().linked {
             return;

@@ -166,8 +166,8 @@ pub enum Control {
     Pair(LinkBy),
     /// Unlink the device at WhatsApp.
     Logout,
-    /// Its proxy is another one now: connect through that.
-    Reroute,
+    /// Give up the connection, if there is one, and connect anew, through the proxy that is recorded now.
+    Reconnect,
 }
 
 /// Whoever waits for an answer of the machine.

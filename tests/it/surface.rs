@@ -1,7 +1,9 @@
 //! The edges of the public surface: what is wrong is named, and a stream that is ended says where to go on.
 
 use switchboard::api::grpc::proto;
+use switchboard::api::grpc::proto::NumberState;
 use switchboard::api::grpc::proto::stream_events_response::Step;
+use switchboard::demo::client::Caller;
 use switchboard::demo::phones::{CallError, call};
 use tonic::Code;
 use tonic_types::StatusExt as _;
@@ -165,4 +167,75 @@ async fn what_a_number_takes_can_be_attributed() {
     );
     let metrics = world.metrics().await;
     assert!(metrics.contains("switchboard_numbers_memory_bytes{part=\"outbox\"}"), "{metrics}");
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    Start,
+    Stop,
+    Restart,
+    Reset,
+    Logout,
+}
+
+/// Gives an order; the state it is answered with, or the reason why not.
+async fn order(tenant: &Caller, number: &str, order: Order) -> Result<NumberState, String> {
+    let (mut numbers, number) = (tenant.numbers(), number.to_owned());
+    let answer = match order {
+        Order::Start => numbers.start_number(proto::StartNumberRequest { number }).await,
+        Order::Stop => numbers.stop_number(proto::StopNumberRequest { number }).await,
+        Order::Restart => numbers.restart_number(proto::RestartNumberRequest { number }).await,
+        Order::Reset => numbers.reset_number(proto::ResetNumberRequest { number }).await,
+        Order::Logout => numbers.logout_number(proto::LogoutNumberRequest { number }).await,
+    };
+    let reason = |status: tonic::Status| status.get_error_details().error_info().unwrap().reason.clone();
+    answer.map(|answer| answer.into_inner().state()).map_err(reason)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_has_its_answer_in_every_state_also_the_second_time() {
+    let world = World::new().await;
+    let phones = ["15559300001", "15559300002", "15559300003", "15559300004"];
+    let (tenant, _, numbers) = world.tenant("orders", &phones).await;
+    let unlinked = tenant.create_number("unlinked", "15559300005").await.unwrap();
+    let [stopped, gone, parked, online] = &numbers[..] else { unreachable!() };
+    order(&tenant, &stopped.id, Order::Stop).await.unwrap();
+    order(&tenant, &gone.id, Order::Logout).await.unwrap();
+    world.phones.kick(&parked.phone, "429").await.unwrap();
+    world.until_state(&tenant, &stopped.id, NumberState::Stopped).await;
+    world.until_state(&tenant, &gone.id, NumberState::LoggedOut).await;
+    world.until_state(&tenant, &parked.id, NumberState::Parked).await;
+    let refused = |reason: &str| Err(reason.to_owned());
+    for (number, given, answer) in [
+        (&unlinked, Order::Start, Ok(NumberState::Unlinked)),
+        (&unlinked, Order::Restart, Ok(NumberState::Unlinked)),
+        (&unlinked, Order::Reset, Ok(NumberState::Unlinked)),
+        (&unlinked, Order::Logout, Ok(NumberState::Unlinked)),
+        (stopped, Order::Stop, Ok(NumberState::Stopped)),
+        (stopped, Order::Reset, Ok(NumberState::Stopped)),
+        (stopped, Order::Restart, refused("NUMBER_STOPPED")),
+        (stopped, Order::Logout, refused("NUMBER_NOT_CONNECTED")),
+        (gone, Order::Start, Ok(NumberState::LoggedOut)),
+        (gone, Order::Restart, Ok(NumberState::LoggedOut)),
+        (gone, Order::Logout, Ok(NumberState::LoggedOut)),
+        (parked, Order::Logout, refused("NUMBER_NOT_CONNECTED")),
+        (online, Order::Start, Ok(NumberState::Online)),
+        (online, Order::Reset, Ok(NumberState::Online)),
+    ] {
+        for _ in 0..2 {
+            assert_eq!(order(&tenant, &number.id, given).await, answer, "{given:?}");
+        }
+    }
+    let logins = async || world.phones.stats().await.unwrap()["logins"].as_u64().unwrap();
+    let before = logins().await;
+    order(&tenant, &online.id, Order::Restart).await.unwrap();
+    until("it has connected anew", async || (logins().await == before + 1).then_some(())).await;
+    world.until_state(&tenant, &online.id, NumberState::Online).await;
+    order(&tenant, &parked.id, Order::Restart).await.unwrap();
+    order(&tenant, &stopped.id, Order::Start).await.unwrap();
+    for number in [parked, stopped, online] {
+        world.until_state(&tenant, &number.id, NumberState::Online).await;
+    }
+    assert_eq!(logins().await, before + 3);
+    assert_eq!(world.phones.stats().await.unwrap()["devices_connected_twice"], 0);
 }

@@ -119,8 +119,21 @@ impl pb::number_service_server::NumberService for Service {
     }
 
     async fn logout_number(&self, request: Request<pb::LogoutNumberRequest>) -> Result<Response<pb::Number>, Status> {
-        let number = request.get_ref().number.clone();
-        self.control("LogoutNumber", &request, &number, Control::Logout).await
+        let call = self.begin("LogoutNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            self.api.logout_number(caller, &request.get_ref().number).await.map(convert::number)
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn restart_number(&self, request: Request<pb::RestartNumberRequest>) -> Result<Response<pb::Number>, Status> {
+        let call = self.begin("RestartNumber");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            self.api.restart_number(caller, &request.get_ref().number).await.map(convert::number)
+        };
+        call.answer(outcome.await)
     }
 
     async fn set_limits(&self, request: Request<pb::SetLimitsRequest>) -> Result<Response<pb::Number>, Status> {
