@@ -72,6 +72,7 @@
 //! | every state answers every input of its connection, and each ending has its verdict | `domain::lifecycle::tests`, `it::verdicts` |
 //! | no number is shown online without an answer; a dead line is noticed | `session::link::signals::tests`, `it::verdicts` |
 //! | only the phone that is meant gets linked; unlinked, a number keeps what it has | `it::linking` |
+//! | an account that wants its passkey is linked by its owner's answer to that request, and by nothing else; a refused or late one leaves no trace | `it::linking`, `session::link::passkey::tests`, `domain::passkey::tests` |
 //! | a clock that jumps ends no park and deletes nothing | `telemetry::clock::tests`, `it::verdicts` |
 //! | parked and logged-out numbers do not connect | `domain::lifecycle::tests::nothing_connects_that_must_not` |
 //! | never two sockets of one number | `domain::lifecycle::tests::nothing_connects_that_must_not`; the sandbox counts |

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::number::message::{EndpointRefused, EraseRefused, SendRefused, Unserved};
+use crate::number::message::{EndpointRefused, EraseRefused, PasskeyNotTaken, SendRefused, Unserved};
 use crate::store::error::StoreError;
 use crate::supervisor::fleet::FleetError;
 
@@ -176,6 +176,12 @@ reasons! {
     NumberStopped "NUMBER_STOPPED" FailedPrecondition 409 false "the number is stopped; start it first",
     /// WhatsApp can only be told over the number's connection.
     NumberNotConnected "NUMBER_NOT_CONNECTED" FailedPrecondition 409 false "the number is not connected",
+    /// Nobody asks for a passkey.
+    PasskeyNotRequested "PASSKEY_NOT_REQUESTED" FailedPrecondition 409 false "no passkey is asked for, or it was answered already",
+    /// There is no code to compare.
+    PasskeyCodeNotShown "PASSKEY_CODE_NOT_SHOWN" FailedPrecondition 409 false "there is no code to confirm, or it was confirmed already",
+    /// WhatsApp did not take it.
+    PasskeyRefused "PASSKEY_REFUSED" FailedPrecondition 409 false "WhatsApp did not accept it; link the number again",
     /// The number starts, restarts, or is quarantined.
     NumberUnavailable "NUMBER_UNAVAILABLE" Unavailable 503 true "the number is not served at this moment",
     /// The stream's client reads too slowly.
@@ -308,6 +314,18 @@ impl From<EraseRefused> for ApiError {
             EraseRefused::Unserved(unserved) => unserved.into(),
             EraseRefused::InFlight => Self::from(Reason::ContactBusy).retry_after(RETRY_SOON),
             EraseRefused::TooMany => Self::from(Reason::NumberBusy).retry_after(RETRY_LATER),
+        }
+    }
+}
+
+impl From<PasskeyNotTaken> for ApiError {
+    fn from(not_taken: PasskeyNotTaken) -> Self {
+        match not_taken {
+            PasskeyNotTaken::Unserved(unserved) => unserved.into(),
+            PasskeyNotTaken::NotRequested => Reason::PasskeyNotRequested.into(),
+            PasskeyNotTaken::NoCode => Reason::PasskeyCodeNotShown.into(),
+            PasskeyNotTaken::OtherCode => Self::field("code", "must be the code that the phone shows"),
+            PasskeyNotTaken::Refused => Reason::PasskeyRefused.into(),
         }
     }
 }

@@ -11,13 +11,14 @@ use super::error::{ApiError, Reason};
 use super::service::Api;
 use crate::domain::access::Caller;
 use crate::domain::lifecycle::{Desired, LinkBy, State};
+use crate::domain::passkey::{Assertion, NoAssertion};
 use crate::domain::phone::Phone;
 use crate::domain::time::Timestamp;
 use crate::number::handle::{NumberView, Pairing};
-use crate::number::message::Control;
+use crate::number::message::{Control, PasskeyStep};
 
-/// Longest a pairing is watched; codes run out long before.
-const WATCH_MAX: Duration = Duration::from_mins(10);
+/// Longest a pairing is watched; codes run out long before, and so does everybody's patience with a passkey.
+const WATCH_MAX: Duration = Duration::from_mins(30);
 /// Reason given when nothing more happened within [`WATCH_MAX`].
 const TIMED_OUT: &str = "PAIRING_TIMED_OUT";
 /// Reason given when the number's view gives none.
@@ -38,6 +39,20 @@ pub enum PairingStep {
         /// Two groups of four letters and digits.
         code: String,
         /// Until when it works.
+        expires_at: Timestamp,
+    },
+    /// WhatsApp links only with the account's passkey: let its owner unlock it in a browser.
+    PasskeyRequest {
+        /// WebAuthn request options, as JSON.
+        options: String,
+        /// Until when WhatsApp waits.
+        expires_at: Timestamp,
+    },
+    /// Let its owner compare this code with the one on the phone.
+    PasskeyCode {
+        /// Two groups of four letters and digits.
+        code: String,
+        /// Until when the answer is waited for.
         expires_at: Timestamp,
     },
     /// A phone accepted.
@@ -62,7 +77,7 @@ pub struct PairingWatch {
 /// How far the watcher was told.
 #[derive(Debug, Default)]
 struct Progress {
-    last_code: Option<String>,
+    last_shown: Option<String>,
     paired: bool,
     over: bool,
 }
@@ -94,6 +109,29 @@ impl Api {
             patience: Box::pin(tokio::time::sleep(WATCH_MAX)),
         })
     }
+
+    /// Gives WhatsApp the proof that a number's owner unlocked the account's passkey. WhatsApp has taken it on return.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn answer_passkey(&self, caller: Caller, named: &str, assertion: &str) -> Result<(), ApiError> {
+        let record = self.number_meant(caller, named)?;
+        let assertion = Assertion::parse(assertion);
+        let assertion = assertion.map_err(|NoAssertion(problem)| ApiError::field("assertion_json", problem))?;
+        Ok(self.handle_of(record.id)?.passkey(PasskeyStep::Answer(assertion)).await?)
+    }
+
+    /// Tells the phone that it shows the code that was given with the linking. WhatsApp knows on return.
+    ///
+    /// # Errors
+    /// See the contract.
+    pub async fn confirm_passkey(&self, caller: Caller, named: &str, code: &str) -> Result<(), ApiError> {
+        let record = self.number_meant(caller, named)?;
+        if code.is_empty() {
+            return Err(ApiError::field("code", "is required"));
+        }
+        Ok(self.handle_of(record.id)?.passkey(PasskeyStep::Confirm(code.to_owned())).await?)
+    }
 }
 
 impl PairingWatch {
@@ -116,8 +154,7 @@ impl PairingWatch {
                 () = self.drain.begun() => return Err(Reason::Draining.into()),
             }
             let view = self.views.borrow_and_update().clone();
-            let fresh = view != self.before
-                || matches!(view.pairing, Pairing::QrCode { .. } | Pairing::Code { .. } | Pairing::Paired);
+            let fresh = view != self.before || is_under_way(&view.pairing);
             if let Some(step) = self.progress.step(&view, fresh, &self.phone) {
                 // Several steps may have fallen into one view: look at it again.
                 self.views.mark_changed();
@@ -143,13 +180,21 @@ impl Progress {
                 self.over = true;
                 Some(PairingStep::Online)
             }
-            (Pairing::QrCode { code, expires_at }, _) if self.last_code.as_ref() != Some(code) => {
-                self.last_code = Some(code.clone());
+            (Pairing::QrCode { code, expires_at }, _) if self.last_shown.as_ref() != Some(code) => {
+                self.last_shown = Some(code.clone());
                 Some(PairingStep::QrCode { code: code.clone(), expires_at: *expires_at })
             }
-            (Pairing::Code { code, expires_at }, _) if self.last_code.as_ref() != Some(code) => {
-                self.last_code = Some(code.clone());
+            (Pairing::Code { code, expires_at }, _) if self.last_shown.as_ref() != Some(code) => {
+                self.last_shown = Some(code.clone());
                 Some(PairingStep::PairingCode { code: in_groups(code), expires_at: *expires_at })
+            }
+            (Pairing::PasskeyRequest { options, expires_at }, _) if self.last_shown.as_ref() != Some(options) => {
+                self.last_shown = Some(options.clone());
+                Some(PairingStep::PasskeyRequest { options: options.clone(), expires_at: *expires_at })
+            }
+            (Pairing::PasskeyCode { code, expires_at }, _) if self.last_shown.as_ref() != Some(code) => {
+                self.last_shown = Some(code.clone());
+                Some(PairingStep::PasskeyCode { code: code.clone(), expires_at: *expires_at })
             }
             (Pairing::Failed, State::Unlinked | State::LoggedOut)
             | (_, State::LoggedOut | State::Stopped | State::Replaced | State::Quarantined | State::Parked { .. }) => {
@@ -159,6 +204,20 @@ impl Progress {
             }
             _ => None,
         }
+    }
+}
+
+/// Whether it can only belong to a linking of now.
+const fn is_under_way(pairing: &Pairing) -> bool {
+    match pairing {
+        Pairing::QrCode { .. }
+        | Pairing::Code { .. }
+        | Pairing::PasskeyRequest { .. }
+        | Pairing::PasskeyAnswered
+        | Pairing::PasskeyCode { .. }
+        | Pairing::PasskeyConfirmed
+        | Pairing::Paired => true,
+        Pairing::Idle | Pairing::Starting | Pairing::Failed => false,
     }
 }
 
@@ -211,7 +270,10 @@ mod tests {
 
     fn names(views: &[NumberView]) -> Vec<String> {
         let name = |step: &PairingStep| match step {
-            PairingStep::QrCode { code, .. } | PairingStep::PairingCode { code, .. } => code.clone(),
+            PairingStep::QrCode { code, .. }
+            | PairingStep::PairingCode { code, .. }
+            | PairingStep::PasskeyCode { code, .. } => code.clone(),
+            PairingStep::PasskeyRequest { options, .. } => options.clone(),
             PairingStep::Paired(_) => "paired".to_owned(),
             PairingStep::Online => "online".to_owned(),
             PairingStep::Failed(reason) => reason.clone(),
@@ -231,6 +293,24 @@ mod tests {
             view(State::Online, Pairing::Idle, true),
         ];
         assert_eq!(names(&views), ["a", "b", "paired", "online"]);
+    }
+
+    #[test]
+    fn a_pairing_with_a_passkey() {
+        let (options, expires_at) = ("options".to_owned(), Timestamp(9));
+        let views = [
+            view(State::Linking, code("a"), false),
+            view(State::Linking, Pairing::PasskeyRequest { options, expires_at }, false),
+            view(State::Linking, Pairing::PasskeyAnswered, false),
+            view(State::Linking, Pairing::PasskeyCode { code: "ABCD-EFGH".to_owned(), expires_at }, false),
+            view(State::Linking, Pairing::PasskeyConfirmed, false),
+            view(State::Linking, Pairing::Paired, true),
+            view(State::Online, Pairing::Idle, true),
+        ];
+        assert_eq!(names(&views), ["a", "options", "ABCD-EFGH", "paired", "online"]);
+        let joined_late: Vec<_> = views[1..].to_vec();
+        assert_eq!(names(&joined_late), ["options", "ABCD-EFGH", "paired", "online"]);
+        assert!(views[1..6].iter().all(|view| is_under_way(&view.pairing)));
     }
 
     #[test]

@@ -188,6 +188,9 @@ async fn link(stage: &Stage, tenant: &Caller, number: &OwnedNumber) -> Result<()
                 scanned = true;
             }
             Some(Step::QrCode(_) | Step::PairingCode(_) | Step::Paired(_)) => {}
+            Some(Step::PasskeyRequest(_) | Step::PasskeyConfirmation(_)) => {
+                return Err(DemoError::NotVerified("the sandbox asks for a passkey".to_owned()));
+            }
             Some(Step::Online(_)) => return Ok(()),
             Some(Step::Failed(failed)) => return Err(DemoError::NotVerified(format!("linking: {}", failed.reason))),
             None => return Err(DemoError::NotVerified("linking ended without an outcome".to_owned())),

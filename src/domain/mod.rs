@@ -19,6 +19,7 @@ pub mod message;
 pub mod number;
 pub mod orders;
 pub mod outbox;
+pub mod passkey;
 pub mod phone;
 pub mod proxy;
 pub mod restart;

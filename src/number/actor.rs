@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::environment::{Environment, Passage};
 use super::handle::{Live, NumberHandle, Pairing};
 use super::message::{
-    Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, SendRefused, StoreLost,
-    Unserved, Waiter,
+    Accepted, ConnectionNo, Control, FromSession, GateTurn, Inner, Internal, NumberMessage, PasskeyNotTaken,
+    PasskeyStep, PasskeyVerdict, SendRefused, StoreLost, Unserved, Waiter,
 };
 use crate::domain::change::IdempotencyRecord;
 use crate::domain::close::CloseReason;
@@ -23,6 +23,7 @@ use crate::domain::lifecycle::{self, Purpose};
 use crate::domain::limiter::NewChats;
 use crate::domain::message::FailureCode;
 use crate::domain::number::{Effect, Input, Number, ReplyId, Retry, Snapshot};
+use crate::domain::passkey::is_same_code;
 use crate::domain::proxy::{Proxy, ProxyAddress, Way};
 use crate::domain::retention::Rules;
 use crate::domain::time::Timestamp;
@@ -196,6 +197,7 @@ impl Actor for NumberActor {
                 state.on_control(control, &myself);
                 let _ = reply.send(());
             }
+            NumberMessage::Passkey(step, reply) => drop(reply.send(state.on_passkey(step))),
             NumberMessage::AddEndpoint(endpoint, reply) => {
                 let id = state.wait(Waiter::AddEndpoint(reply));
                 state.step(Input::AddEndpoint(endpoint, id), &myself);
@@ -215,10 +217,7 @@ impl Actor for NumberActor {
                 state.step(Input::Endpoint(ordinal, order, id), &myself);
             }
             NumberMessage::Look(reply) => {
-                let now = state.environment.clock.now();
-                if let Some(loaded) = &state.loaded {
-                    state.handle.stats().set_capacity(loaded.number.basis(true, now));
-                }
+                state.show_capacity();
                 let _ = reply.send(());
             }
             NumberMessage::Ping => state.handle.answered(state.environment.clock.monotonic()),
@@ -406,6 +405,38 @@ impl NumberState {
         self.usage = usage;
     }
 
+    fn show_pairing(&self, pairing: Pairing) {
+        self.handle.change_view(|view| view.pairing = pairing);
+    }
+
+    fn show_capacity(&self) {
+        let Some(Loaded { number, .. }) = &self.loaded else { return };
+        self.handle.stats().set_capacity(number.basis(true, self.environment.clock.now()));
+    }
+
+    /// Takes a step of linking with a passkey, if it is the time for it; each only once.
+    fn on_passkey(&mut self, step: PasskeyStep) -> Result<PasskeyVerdict, PasskeyNotTaken> {
+        let (reply, verdict) = oneshot::channel();
+        let (command, next, gone) = match (step, self.handle.view().pairing) {
+            (PasskeyStep::Answer(assertion), Pairing::PasskeyRequest { .. }) => {
+                let command = SessionCommand::AnswerPasskey(assertion, reply);
+                (command, Pairing::PasskeyAnswered, PasskeyNotTaken::NotRequested)
+            }
+            (PasskeyStep::Confirm(seen), Pairing::PasskeyCode { code, .. }) => {
+                if !is_same_code(&seen, &code) {
+                    return Err(PasskeyNotTaken::OtherCode);
+                }
+                (SessionCommand::ConfirmPasskey(reply), Pairing::PasskeyConfirmed, PasskeyNotTaken::NoCode)
+            }
+            (PasskeyStep::Answer(_), _) => return Err(PasskeyNotTaken::NotRequested),
+            (PasskeyStep::Confirm(_), _) => return Err(PasskeyNotTaken::NoCode),
+        };
+        let Connection::Open { commands, .. } = &self.connection else { return Err(gone) };
+        commands.try_send(command).map_err(|_| gone)?;
+        self.show_pairing(next);
+        Ok(verdict)
+    }
+
     fn on_session(&mut self, no: ConnectionNo, event: FromSession, myself: &ActorRef<NumberMessage>) {
         let now = self.environment.clock.now();
         self.handle.stats().touch(now);
@@ -419,15 +450,19 @@ impl NumberState {
                 }
             }
             FromSession::QrCode { code, valid_for } => {
-                let expires_at = now.after(valid_for);
-                self.handle.change_view(|view| view.pairing = Pairing::QrCode { code, expires_at });
+                self.show_pairing(Pairing::QrCode { code, expires_at: now.after(valid_for) });
             }
             FromSession::PairingCode { code, valid_for } => {
-                let expires_at = now.after(valid_for);
-                self.handle.change_view(|view| view.pairing = Pairing::Code { code, expires_at });
+                self.show_pairing(Pairing::Code { code, expires_at: now.after(valid_for) });
+            }
+            FromSession::PasskeyRequest { options, valid_for } => {
+                self.show_pairing(Pairing::PasskeyRequest { options, expires_at: now.after(valid_for) });
+            }
+            FromSession::PasskeyCode { code, valid_for } => {
+                self.show_pairing(Pairing::PasskeyCode { code, expires_at: now.after(valid_for) });
             }
             FromSession::Paired => {
-                self.handle.change_view(|view| view.pairing = Pairing::Paired);
+                self.show_pairing(Pairing::Paired);
                 self.step(Input::Life(lifecycle::Input::Paired), myself);
             }
             FromSession::Online => {

@@ -10,7 +10,8 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, oneshot, watch};
 
 use super::message::{
-    Accepted, Control, EndpointRefused, EraseRefused, NumberMessage, SendRefused, StoreLost, Unserved,
+    Accepted, Control, EndpointRefused, EraseRefused, NumberMessage, PasskeyNotTaken, PasskeyStep, SendRefused,
+    StoreLost, Unserved,
 };
 use crate::domain::delivery::Backlog;
 use crate::domain::endpoint::Endpoint;
@@ -24,6 +25,7 @@ use crate::domain::outbox::Standing;
 use crate::domain::phone::{Contact, Phone};
 use crate::domain::retention::Retention;
 use crate::domain::time::Timestamp;
+use crate::session::contract::PasskeyRefused;
 use crate::store::number_store::NumberStore;
 use crate::telemetry::failpoint::{self, Failpoint};
 use crate::telemetry::number_stats::{NumberStats, labels};
@@ -85,6 +87,24 @@ pub enum Pairing {
         /// Until when it works.
         expires_at: Timestamp,
     },
+    /// Its owner is to unlock the account's passkey in a browser.
+    PasskeyRequest {
+        /// WebAuthn request options, as JSON.
+        options: String,
+        /// Until when WhatsApp waits for the answer.
+        expires_at: Timestamp,
+    },
+    /// WhatsApp has the answer; the phone is at work.
+    PasskeyAnswered,
+    /// Its owner is to compare this code with the one on the phone.
+    PasskeyCode {
+        /// Two groups of four letters and digits.
+        code: String,
+        /// Until when the answer is waited for.
+        expires_at: Timestamp,
+    },
+    /// The codes are the same; the phone is at work.
+    PasskeyConfirmed,
     /// The phone accepted; logging in.
     Paired,
     /// It came to nothing; the view's reason says why.
@@ -98,6 +118,10 @@ impl std::fmt::Debug for Pairing {
             Self::Starting => "Starting",
             Self::QrCode { .. } => "QrCode(…)",
             Self::Code { .. } => "Code(…)",
+            Self::PasskeyRequest { .. } => "PasskeyRequest(…)",
+            Self::PasskeyAnswered => "PasskeyAnswered",
+            Self::PasskeyCode { .. } => "PasskeyCode(…)",
+            Self::PasskeyConfirmed => "PasskeyConfirmed",
             Self::Paired => "Paired",
             Self::Failed => "Failed",
         })
@@ -497,6 +521,22 @@ impl NumberHandle {
         let (reply, answer) = oneshot::channel();
         live.actor.cast(NumberMessage::Control(control, reply)).map_err(|_| live.unserved())?;
         answer.await.map_err(|_| live.unserved())
+    }
+
+    /// Takes a step of linking with a passkey. WhatsApp has it when this returns `Ok`; what follows shows in the view.
+    ///
+    /// # Errors
+    /// See [`PasskeyNotTaken`].
+    pub async fn passkey(&self, step: PasskeyStep) -> Result<(), PasskeyNotTaken> {
+        let gone = match step {
+            PasskeyStep::Answer(_) => PasskeyNotTaken::NotRequested,
+            PasskeyStep::Confirm(_) => PasskeyNotTaken::NoCode,
+        };
+        let live = self.live().await?;
+        let (reply, taken) = oneshot::channel();
+        live.actor.cast(NumberMessage::Passkey(step, reply)).map_err(|_| live.unserved())?;
+        let verdict = taken.await.unwrap_or_else(|_| Err(live.unserved().into()))?;
+        verdict.await.map_err(|_| gone)?.map_err(|PasskeyRefused| PasskeyNotTaken::Refused)
     }
 
     /// Erases a contact: its history, its chat and what events tell of it. Durable as an order when this returns; gives

@@ -16,11 +16,12 @@ use crate::domain::message::MessageStatus;
 use crate::domain::number::{Arrived, CancelOutcome, CancelTarget, EndpointOrder, Receipted, ReplyId, SendRequest};
 use crate::domain::number::{Snapshot, Ticket};
 use crate::domain::orders::SendingOrders;
+use crate::domain::passkey::Assertion;
 use crate::domain::proxy::ProxyAddress;
 use crate::domain::retention::{Found, Retention};
 use crate::domain::time::Timestamp;
 use crate::domain::trouble::Trouble;
-use crate::session::contract::{SendError, SessionCommand, Usage};
+use crate::session::contract::{PasskeyRefused, SendError, SessionCommand, Usage};
 use crate::store::error::StoreError;
 use crate::store::number_store::NumberStore;
 
@@ -170,6 +171,38 @@ pub enum Control {
     Reconnect,
 }
 
+/// What a person does to link with a passkey.
+#[derive(Debug)]
+pub enum PasskeyStep {
+    /// Unlocks it: the browser's proof.
+    Answer(Assertion),
+    /// Finds this code on the phone.
+    Confirm(String),
+}
+
+/// Where WhatsApp's answer to such a step comes; dropped when the linking has ended.
+pub type PasskeyVerdict = oneshot::Receiver<Result<(), PasskeyRefused>>;
+
+/// Why such a step came to nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PasskeyNotTaken {
+    /// The number serves nobody.
+    #[error(transparent)]
+    Unserved(#[from] Unserved),
+    /// Nobody asks for a passkey, or no longer.
+    #[error("no passkey is asked for")]
+    NotRequested,
+    /// There is no code to compare, or no longer.
+    #[error("there is no code to confirm")]
+    NoCode,
+    /// The phone shows another code.
+    #[error("the codes differ")]
+    OtherCode,
+    /// WhatsApp did not take it; the linking has ended.
+    #[error("WhatsApp did not take it")]
+    Refused,
+}
+
 /// Whoever waits for an answer of the machine.
 #[derive(Debug)]
 pub(super) enum Waiter {
@@ -188,6 +221,8 @@ pub(super) enum FromSession {
     Opened(mpsc::Sender<SessionCommand>),
     QrCode { code: String, valid_for: Duration },
     PairingCode { code: String, valid_for: Duration },
+    PasskeyRequest { options: String, valid_for: Duration },
+    PasskeyCode { code: String, valid_for: Duration },
     Paired,
     Online,
     Alive,
@@ -220,6 +255,8 @@ pub enum NumberMessage {
     },
     /// An order; answered when taken.
     Control(Control, oneshot::Sender<()>),
+    /// A step of linking with a passkey; answered with where WhatsApp's answer will come.
+    Passkey(PasskeyStep, oneshot::Sender<Result<PasskeyVerdict, PasskeyNotTaken>>),
     /// Withdraw messages; answered when durable.
     Cancel(Vec<CancelTarget>, oneshot::Sender<Vec<(MessageSeq, CancelOutcome)>>),
     /// Add a webhook endpoint.

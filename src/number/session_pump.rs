@@ -105,6 +105,8 @@ impl SessionPump {
         Ok(Some(match event {
             SessionEvent::QrCode { code, valid_for } => FromSession::QrCode { code, valid_for },
             SessionEvent::PairingCode { code, valid_for } => FromSession::PairingCode { code, valid_for },
+            SessionEvent::PasskeyRequest { options, valid_for } => FromSession::PasskeyRequest { options, valid_for },
+            SessionEvent::PasskeyCode { code, valid_for } => FromSession::PasskeyCode { code, valid_for },
             SessionEvent::Paired { .. } => FromSession::Paired,
             SessionEvent::Online => FromSession::Online,
             SessionEvent::Alive => FromSession::Alive,

@@ -40,6 +40,8 @@ pub fn router(world: Arc<World>) -> Router {
         .route("/admin/drain-prekeys", post(drain_prekeys))
         .route("/admin/mock-phone/scan-qr", post(scan_qr))
         .route("/admin/mock-phone/pair-code", post(enter_code))
+        .route("/admin/mock-phone/passkey", post(unlock_passkey))
+        .route("/admin/mock-phone/passkey-code", get(passkey_code))
         .route("/admin/mock-phone/send", post(send))
         .route("/admin/mock-phone/read", post(read))
         .route("/admin/mock-phone/messages", get(messages))
@@ -167,9 +169,12 @@ fn farewell(code: &str) -> Option<Farewell> {
     Some(Farewell::Stanza(Box::new(node)))
 }
 
-/// `POST /admin/mock-phone/scan-qr?phone=N[&lid=true]`, body: QR text → `{"phone", "device", "jid", "lid"}`
+/// `POST /admin/mock-phone/scan-qr?phone=N[&lid=true]`, body: QR text → `{"phone", "device", "jid", "lid"}`, or
+/// `{"passkey": true}` when that is asked for first.
 async fn scan_qr(State(world): Shared, Query(query): Query<Whose>, body: Bytes) -> Answer {
-    let device = pairing::scan(&world, &number(&query.phone)?, text(&body)?, query.lid)?;
+    let Some(device) = pairing::scan(&world, &number(&query.phone)?, text(&body)?, query.lid)? else {
+        return Ok(axum::Json(json!({ "passkey": true })));
+    };
     Ok(axum::Json(json!({
         "phone": device.phone,
         "device": device.device,
@@ -186,6 +191,20 @@ async fn enter_code(State(world): Shared, Query(query): Query<Whose>, body: Byte
     let entered = tokio::task::spawn_blocking(move || pair_code::enter(&world, &phone, &code, query.lid)).await;
     entered.map_err(|_| SandboxError::Conflict("the phone gave up"))??;
     Ok(axum::Json(json!({})))
+}
+
+/// `POST /admin/mock-phone/passkey?phone=N`, body: WebAuthn request options → the assertion, as a browser gives it
+async fn unlock_passkey(State(world): Shared, Query(query): Query<Whose>, body: Bytes) -> Answer {
+    let phone = number(&query.phone)?;
+    world.require(&phone)?;
+    world.passkeys.answer(&phone, text(&body)?).map(axum::Json)
+}
+
+/// `GET /admin/mock-phone/passkey-code?phone=N` → `{"code"}`: what the phone shows, to be compared with the device's
+async fn passkey_code(State(world): Shared, Query(query): Query<Whose>) -> Answer {
+    let code = world.passkeys.shown(&number(&query.phone)?);
+    let code = code.ok_or(SandboxError::NotFound("a code that this phone shows"))?;
+    Ok(axum::Json(json!({ "code": code })))
 }
 
 #[derive(Deserialize)]

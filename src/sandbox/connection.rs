@@ -15,7 +15,7 @@ use crate::sandbox::stanza::{attr, tag};
 use crate::sandbox::world::World;
 use futures_util::{SinkExt, StreamExt};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{sleep, timeout};
 use tokio_tungstenite::WebSocketStream;
@@ -38,6 +38,13 @@ const BATCH: usize = 64;
 pub enum Reaction {
     /// Write this.
     Reply(Node),
+    /// Write this a little later.
+    ReplyAfter {
+        /// How much.
+        pause: Duration,
+        /// What.
+        node: Node,
+    },
     /// The device is ready for its backlog.
     Active,
     /// End the connection.
@@ -60,6 +67,14 @@ impl Peer {
         match self {
             Self::Unlinked(_) => None,
             Self::Device(session) => Some(&session.device.phone),
+        }
+    }
+
+    /// Until when a device that is not linked is given time beyond the usual.
+    fn waits_until(&self) -> Option<Instant> {
+        match self {
+            Self::Unlinked(offer) => offer.waits_until().filter(|until| *until > Instant::now()),
+            Self::Device(_) => None,
         }
     }
 }
@@ -152,6 +167,10 @@ where
                 }
             }
             () = &mut deadline, if unlinked => {
+                if let Some(until) = peer.waits_until() {
+                    deadline.as_mut().reset(until.into());
+                    continue;
+                }
                 wire.part(world, Farewell::Stanza(Box::new(tag("xmlstreamend").build()))).await;
                 return Ok(());
             }
@@ -195,6 +214,10 @@ where
     for reaction in reactions {
         match reaction {
             Reaction::Reply(node) => send(wire, peer, world, &[node]).await?,
+            Reaction::ReplyAfter { pause, node } => {
+                sleep(pause).await;
+                send(wire, peer, world, &[node]).await?;
+            }
             Reaction::Active => {
                 let preview = become_active(world, peer);
                 send(wire, peer, world, preview.as_slice()).await?;

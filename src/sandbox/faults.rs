@@ -13,6 +13,8 @@ use std::time::Duration;
 
 /// The longest delay that can be ordered.
 const LONGEST_DELAY: u64 = 120_000;
+/// How long WhatsApp gives a person to unlock a passkey, as seen in the wild: `"timeout":600000`.
+const PASSKEY_PATIENCE: Duration = Duration::from_secs(600);
 
 /// The body of `POST /admin/fault`; what is absent stays as it was.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -59,6 +61,10 @@ pub struct Order {
     pub minimum_version: Option<String>,
     /// Refuse logins.
     pub login_failure: Option<LoginFailure>,
+    /// Ask for the account's passkey before a device is linked.
+    pub passkey: Option<bool>,
+    /// How long the person has to unlock it; ten minutes when absent.
+    pub passkey_timeout_ms: Option<u64>,
     /// How likely each `nack`, `drop_acks`, `lose`, `spoil` and `duplicate` is when it could happen; 1 when absent.
     pub chance: Option<f64>,
 }
@@ -312,6 +318,14 @@ impl Faults {
         })
     }
 
+    /// How long the person has to unlock the passkey without which no device is linked, if one is asked for.
+    pub fn asks_for_passkey(&self, phone: &PhoneNumber) -> Option<Duration> {
+        self.ask(phone, |order| {
+            let patience = order.passkey_timeout_ms.map_or(PASSKEY_PATIENCE, Duration::from_millis);
+            (order.passkey == Some(true)).then_some(patience.min(PASSKEY_PATIENCE))
+        })
+    }
+
     /// How the next login fails.
     pub fn login_failure(&self, phone: &PhoneNumber) -> Option<LoginFailure> {
         self.ask(phone, |order| {
@@ -342,6 +356,8 @@ impl Order {
         self.reorder = newer.reorder.or(self.reorder);
         self.minimum_version = newer.minimum_version.or(self.minimum_version.take());
         self.login_failure = newer.login_failure.or(self.login_failure.take());
+        self.passkey = newer.passkey.or(self.passkey);
+        self.passkey_timeout_ms = newer.passkey_timeout_ms.or(self.passkey_timeout_ms);
         self.chance = newer.chance.or(self.chance);
     }
 }

@@ -4,7 +4,7 @@
 use crate::sandbox::address::{PhoneNumber, resolve};
 use crate::sandbox::certificate::public_bytes;
 use crate::sandbox::error::{Result, SandboxError};
-use crate::sandbox::pairing::{Slot, sign};
+use crate::sandbox::pairing::{Slot, accept};
 use crate::sandbox::stanza::{self, SERVER, attr, child_bytes, fresh_id, jid, tag};
 use crate::sandbox::world::World;
 use std::sync::{Arc, PoisonError};
@@ -121,7 +121,7 @@ fn finish(world: &World, slot: &Slot, stage: &Node) -> Result<()> {
     let shared_ephemeral = exchange.ephemeral.calculate_agreement(&device_ephemeral)?;
     let random = open_bundle(&wrapped, &shared_ephemeral, &slot.registration.identity, &own)?;
     let secret = derive(&[shared_ephemeral, shared_identity, random].concat(), None, ADV_SECRET)?;
-    sign(world, slot, &exchange.phone, &secret, exchange.hidden_addressing).map(drop)
+    accept(world, slot, &exchange.phone, &secret, exchange.hidden_addressing).map(drop)
 }
 
 /// Opens the device's bundle: its identity key, the phone's identity key, and random bytes.

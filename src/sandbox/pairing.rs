@@ -7,6 +7,7 @@ use crate::sandbox::connection::Reaction;
 use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::link::{Farewell, Link};
 use crate::sandbox::pair_code::{self, Exchange, ShownCode};
+use crate::sandbox::passkey::{self, Ceremony};
 use crate::sandbox::signal_store::SignedKey;
 use crate::sandbox::stanza::{self, SERVER, attr, bytes, fresh_id, number, tag};
 use crate::sandbox::world::World;
@@ -45,6 +46,8 @@ pub struct Slot {
     pub registration: Registration,
     /// The exchange a phone has begun by entering the pairing code.
     pub exchange: Mutex<Option<Exchange>>,
+    /// How far asking for a passkey has come.
+    pub passkey: Mutex<Ceremony>,
     opened: Instant,
     scanned: Mutex<Option<(PhoneNumber, Place)>>,
 }
@@ -99,6 +102,7 @@ impl Offer {
             link,
             registration,
             exchange: Mutex::new(None),
+            passkey: Mutex::default(),
             opened: Instant::now(),
             scanned: Mutex::new(None),
         });
@@ -124,6 +128,11 @@ impl Offer {
         Ok((Self { world: Arc::clone(world), slot, references }, query))
     }
 
+    /// Until when a passkey is waited for, if one is.
+    pub fn waits_until(&self) -> Option<Instant> {
+        self.slot.passkey.lock().unwrap_or_else(PoisonError::into_inner).until()
+    }
+
     /// Takes a stanza from a client that is not linked yet.
     pub fn react(&self, node: &Node) -> Vec<Reaction> {
         if node.tag != "iq" {
@@ -140,6 +149,9 @@ impl Offer {
         }
         if let Some(stage) = node.get_optional_child("link_code_companion_reg") {
             return vec![Reaction::Reply(pair_code::answer(&self.world, &self.slot, node, stage))];
+        }
+        if let Some(reactions) = passkey::react(&self.world, &self.slot, node) {
+            return reactions;
         }
         let question = attr(node, "type").is_some_and(|kind| kind == "get" || kind == "set");
         if question { vec![Reaction::Reply(stanza::result(node, []))] } else { Vec::new() }
@@ -197,9 +209,8 @@ impl Code {
     }
 }
 
-/// A phone scans the text of a QR code: it signs the device's identity and the server tells the device. The device's
-/// number is returned at once; it is linked when it has signed too.
-pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: bool) -> Result<DeviceAddress> {
+/// A phone scans the text of a QR code: see [`accept`].
+pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: bool) -> Result<Option<DeviceAddress>> {
     let code = Code::parse(text).ok_or(SandboxError::Malformed("QR text"))?;
     let slot = {
         let slots = world.pairings.slots.lock().unwrap_or_else(PoisonError::into_inner);
@@ -212,17 +223,35 @@ pub fn scan(world: &World, phone: &PhoneNumber, text: &str, hidden_addressing: b
     if slot.registration.noise != code.noise || slot.registration.identity != code.identity {
         return Err(SandboxError::Conflict("the QR code shows other keys than the connection"));
     }
-    sign(world, &slot, phone, &code.secret, hidden_addressing)
+    accept(world, &slot, phone, &code.secret, hidden_addressing)
 }
 
-/// The phone signs the identity of the device in `slot`, and the server tells the device.
+/// A person accepts the device in `slot`: the phone signs its identity and the server tells the device, which is linked
+/// when it has signed too; its number is returned at once. `None`: the account's passkey is asked for first.
+pub fn accept(
+    world: &World,
+    slot: &Slot,
+    phone: &PhoneNumber,
+    secret: &[u8],
+    hidden_addressing: bool,
+) -> Result<Option<DeviceAddress>> {
+    if let Some(patience) = world.faults.asks_for_passkey(phone) {
+        world.require(phone)?;
+        passkey::demand(slot, phone, hidden_addressing, patience)?;
+        return Ok(None);
+    }
+    let (device, success) = sign(world, slot, phone, secret, hidden_addressing)?;
+    if slot.link.post(success) { Ok(Some(device)) } else { Err(SandboxError::Full("the device does not read")) }
+}
+
+/// The phone signs the identity of the device in `slot`: its number, and what the server tells it.
 pub fn sign(
     world: &World,
     slot: &Slot,
     phone: &PhoneNumber,
     secret: &[u8],
     hidden_addressing: bool,
-) -> Result<DeviceAddress> {
+) -> Result<(DeviceAddress, Node)> {
     let account = world.require(phone)?;
     let mut scanned = slot.scanned.lock().unwrap_or_else(PoisonError::into_inner);
     if scanned.is_some() {
@@ -235,11 +264,7 @@ pub fn sign(
     let device = DeviceAddress::new(phone.clone(), place.device);
     let success = success(&account.jids(place.device), &place, secret, &name, hidden_addressing);
     *scanned = Some((phone.clone(), place));
-    drop(scanned);
-    if !slot.link.post(success) {
-        return Err(SandboxError::Full("the device does not read"));
-    }
-    Ok(device)
+    Ok((device, success))
 }
 
 fn success(jids: &[whatsapp_rust::Jid; 2], place: &Place, secret: &[u8], name: &str, hidden_addressing: bool) -> Node {

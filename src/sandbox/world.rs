@@ -5,6 +5,7 @@
 
 use crate::sandbox::account::{Account, AccountState, Companion, Listing, StoredAccount};
 use crate::sandbox::address::{DeviceAddress, Namespace, PhoneNumber};
+use crate::sandbox::authenticator::Passkeys;
 use crate::sandbox::certificate::{ServerIdentity, ServerKeys};
 use crate::sandbox::error::{Result, SandboxError};
 use crate::sandbox::faults::Faults;
@@ -36,6 +37,8 @@ pub struct World {
     pub stats: Arc<Stats>,
     /// Devices waiting to be linked.
     pub pairings: Pairings,
+    /// What people unlock to link a device.
+    pub passkeys: Passkeys,
     files: Files,
     accounts: RwLock<HashMap<PhoneNumber, Arc<Account>>>,
     absent: Mutex<HashSet<PhoneNumber>>,
@@ -63,6 +66,7 @@ impl World {
             faults: Faults::new(seed),
             stats: Arc::default(),
             pairings: Pairings::default(),
+            passkeys: Passkeys::default(),
             files,
             accounts: RwLock::new(accounts),
             held: Mutex::default(),

@@ -10,6 +10,7 @@ use crate::domain::ledger::SessionMemory;
 use crate::domain::limiter::LockAnswer;
 use crate::domain::message::{Content, Direction};
 use crate::domain::outbox::Devices;
+use crate::domain::passkey::Assertion;
 use crate::domain::phone::{Contact, Lid, Phone};
 use crate::domain::time::Timestamp;
 use crate::domain::trouble::Trouble;
@@ -26,6 +27,10 @@ pub enum SessionCommand {
     Send(Outgoing),
     /// Ask until when the account is locked for opening new chats. Answered by [`SessionEvent::Lock`], or not at all.
     AskLock,
+    /// The person unlocked the passkey that [`SessionEvent::PasskeyRequest`] asks for. Answered when WhatsApp has it.
+    AnswerPasskey(Assertion, oneshot::Sender<Result<(), PasskeyRefused>>),
+    /// The person found the code of [`SessionEvent::PasskeyCode`] on the phone as well. Answered when WhatsApp knows.
+    ConfirmPasskey(oneshot::Sender<Result<(), PasskeyRefused>>),
     /// Unlink this device on the server; the session then closes with `LoggedOut`.
     Logout,
     /// Close politely. The session ends with [`CloseReason::Requested`].
@@ -73,6 +78,20 @@ pub enum SessionEvent {
         /// Eight letters and digits.
         code: String,
         /// How long it is valid.
+        valid_for: Duration,
+    },
+    /// WhatsApp links only with the account's passkey: its owner is to unlock it in a browser.
+    PasskeyRequest {
+        /// WebAuthn request options, as JSON.
+        options: String,
+        /// How long WhatsApp waits for the answer.
+        valid_for: Duration,
+    },
+    /// Its owner is to compare this code with the one on the phone.
+    PasskeyCode {
+        /// Two groups of four letters and digits.
+        code: String,
+        /// How long we wait for the answer.
         valid_for: Duration,
     },
     /// The phone accepted us and the credentials are durable.
@@ -138,6 +157,10 @@ pub enum SessionEvent {
     /// The connection is over and its socket is really gone.
     Closed(CloseReason),
 }
+
+/// WhatsApp did not take the person's proof, or not in time. The session ends with `PairingRefused`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PasskeyRefused;
 
 /// Why a message was not written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

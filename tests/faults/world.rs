@@ -210,6 +210,7 @@ pub async fn link(tenant: &Caller, phones: Phones, number: &OwnedNumber) -> Resu
                 scanned = true;
             }
             Step::QrCode(_) | Step::PairingCode(_) | Step::Paired(_) => {}
+            Step::PasskeyRequest(_) | Step::PasskeyConfirmation(_) => panic!("a passkey is asked for"),
             Step::Online(_) => return Ok(()),
             Step::Failed(failed) => return Err(tonic::Status::failed_precondition(failed.reason)),
         }

@@ -236,6 +236,7 @@ impl World {
                         scanned = true;
                     }
                     Step::QrCode(_) | Step::PairingCode(_) | Step::Paired(_) => {}
+                    Step::PasskeyRequest(_) | Step::PasskeyConfirmation(_) => panic!("a passkey is asked for"),
                     Step::Online(_) => return,
                     Step::Failed(failed) => panic!("linking failed: {}", failed.reason),
                 }

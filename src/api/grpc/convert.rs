@@ -298,6 +298,13 @@ pub(super) fn pairing_step(step: PairingStep) -> pb::PairNumberResponse {
         PairingStep::PairingCode { code, expires_at } => {
             Wire::PairingCode(pb::PairingCode { code, expire_time: Some(time(expires_at)) })
         }
+        PairingStep::PasskeyRequest { options, expires_at } => Wire::PasskeyRequest(pb::PasskeyRequest {
+            request_options_json: options,
+            expire_time: Some(time(expires_at)),
+        }),
+        PairingStep::PasskeyCode { code, expires_at } => {
+            Wire::PasskeyConfirmation(pb::PasskeyConfirmation { code, expire_time: Some(time(expires_at)) })
+        }
         PairingStep::Paired(phone) => Wire::Paired(pb::Paired { phone_number: phone.e164() }),
         PairingStep::Online => Wire::Online(pb::PairedOnline {}),
         PairingStep::Failed(reason) => Wire::Failed(pb::PairingFailed { reason }),

@@ -108,6 +108,34 @@ impl pb::number_service_server::NumberService for Service {
         call.answer(outcome.await)
     }
 
+    async fn answer_passkey(
+        &self,
+        request: Request<pb::AnswerPasskeyRequest>,
+    ) -> Result<Response<pb::AnswerPasskeyResponse>, Status> {
+        let call = self.begin("AnswerPasskey");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            self.api.answer_passkey(caller, &asked.number, &asked.assertion_json).await?;
+            Ok(pb::AnswerPasskeyResponse {})
+        };
+        call.answer(outcome.await)
+    }
+
+    async fn confirm_passkey(
+        &self,
+        request: Request<pb::ConfirmPasskeyRequest>,
+    ) -> Result<Response<pb::ConfirmPasskeyResponse>, Status> {
+        let call = self.begin("ConfirmPasskey");
+        let outcome = async {
+            let caller = self.caller(&request)?;
+            let asked = request.get_ref();
+            self.api.confirm_passkey(caller, &asked.number, &asked.code).await?;
+            Ok(pb::ConfirmPasskeyResponse {})
+        };
+        call.answer(outcome.await)
+    }
+
     async fn start_number(&self, request: Request<pb::StartNumberRequest>) -> Result<Response<pb::Number>, Status> {
         let number = request.get_ref().number.clone();
         self.control("StartNumber", &request, &number, Control::Start).await

@@ -24,6 +24,7 @@ use super::environment::LinkEnvironment;
 use super::events::subscribe;
 use super::inbound::Inbox;
 use super::lock;
+use super::passkey;
 use super::proxy::ProxyFault;
 use super::pump::pump;
 use super::repeats::{Asked, FIRST_PATIENCE, answer_all, answer_overdue};
@@ -326,11 +327,24 @@ impl Connection<'_> {
         if self.signals().takes_code() {
             self.ask_for_code();
         }
+        self.wait_for_passkey();
         if self.signals().is_unproved() {
             self.ask();
         }
         self.ask_for_lost();
         self.announce().await
+    }
+
+    /// While a passkey is asked for, that decides how long a linking may take.
+    fn wait_for_passkey(&mut self) {
+        if !self.announced
+            && let Some(until) = self.signals().passkey_until()
+        {
+            self.online_by = Some(until);
+        }
+        if let Some(rotation) = self.signals().takes_rotation() {
+            self.parts.runtime.halt(rotation);
+        }
     }
 
     /// Asks WhatsApp for a code to be typed into the phone.
@@ -389,6 +403,16 @@ impl Connection<'_> {
                     let asking = lock::ask(self.client.clone(), self.signals().clone());
                     self.asking.spawn(asking.instrument(self.span.clone()));
                 }
+                None
+            }
+            Some(SessionCommand::AnswerPasskey(assertion, reply)) => {
+                let answer = passkey::answer(self.client.clone(), self.signals().clone(), assertion, reply);
+                self.asking.spawn(Box::pin(answer).instrument(self.span.clone()));
+                None
+            }
+            Some(SessionCommand::ConfirmPasskey(reply)) => {
+                let confirm = passkey::confirm(self.client.clone(), self.signals().clone(), reply);
+                self.asking.spawn(Box::pin(confirm).instrument(self.span.clone()));
                 None
             }
             Some(SessionCommand::Logout) => {
@@ -492,7 +516,11 @@ impl Connection<'_> {
         self.tick_at = self.next_tick(now);
         if self.online_by.is_some_and(|by| now >= by) {
             let unscanned = self.is_pairing && !self.announced;
-            return Some(if unscanned { CloseReason::PairingEnded } else { CloseReason::Unresponsive });
+            return Some(match (unscanned, self.signals().passkey_until()) {
+                (true, Some(_)) => passkey::too_late(),
+                (true, None) => CloseReason::PairingEnded,
+                (false, _) => CloseReason::Unresponsive,
+            });
         }
         let quiet = self.signals().quiet();
         // While a code is shown, or the phone is slow with the first keys, nothing has to arrive.

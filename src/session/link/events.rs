@@ -14,6 +14,7 @@ use whatsapp_rust::wacore_binary::NodeRef;
 
 use super::contact::contact_of;
 use super::inbound::placeholder;
+use super::passkey;
 use super::repeats::asked_by;
 use super::signals::{PairedAs, Queued, RawReceipt, Signals};
 use super::stanza::{self, Certainty};
@@ -25,7 +26,7 @@ use crate::session::contract::{ReceiptKind, SessionEvent};
 use crate::telemetry::clock::Clock;
 
 /// Exactly what is read below: an event nobody subscribes to is not even built.
-const INTEREST: [EventKind; 15] = [
+const INTEREST: [EventKind; 17] = [
     EventKind::RawNode,
     EventKind::Connected,
     EventKind::Disconnected,
@@ -35,6 +36,8 @@ const INTEREST: [EventKind; 15] = [
     EventKind::PairSuccess,
     EventKind::PairError,
     EventKind::PairPasskeyRequest,
+    EventKind::PairPasskeyConfirmation,
+    EventKind::PairPasskeyError,
     EventKind::QrScannedWithoutMultidevice,
     EventKind::ServerAck,
     EventKind::Receipt,
@@ -63,6 +66,9 @@ impl EventHandler for Handler {
 
 impl Handler {
     fn handle(&self, event: &Event) {
+        if matches!(event, Event::PairingQrCode(_)) {
+            self.signals.rotates_codes(tokio::task::try_id());
+        }
         match event {
             Event::RawNode(node) => {
                 self.signals.backlog.hear(node);
@@ -70,6 +76,8 @@ impl Handler {
             }
             Event::Connected(_) => self.signals.connected(),
             Event::Disconnected(disconnected) => self.disconnected(disconnected),
+            // The phone is past codes.
+            Event::PairingQrCode(_) | Event::PairingCodeRefresh(_) if self.signals.passkey_until().is_some() => {}
             // The server is ready to link: the first one says so to whoever wants a code as well.
             Event::PairingQrCode(_) if self.signals.link_by == LinkBy::PairingCode => self.signals.want_first_code(),
             Event::PairingCodeRefresh(_) => self.signals.want_code(),
@@ -79,7 +87,9 @@ impl Handler {
             Event::PairingQrCodesExhausted(_) => self.signals.end(CloseReason::PairingEnded),
             Event::PairSuccess(success) => self.paired(success),
             Event::PairError(_) => self.refuse("BAD_SIGNATURE"),
-            Event::PairPasskeyRequest(_) => self.refuse("PASSKEY_REQUIRED"),
+            Event::PairPasskeyRequest(request) => passkey::requested(&self.signals, request),
+            Event::PairPasskeyConfirmation(confirmation) => passkey::compare(&self.signals, confirmation),
+            Event::PairPasskeyError(error) => passkey::failed(&self.signals, error),
             Event::QrScannedWithoutMultidevice(_) => self.refuse("PHONE_TOO_OLD"),
             Event::ServerAck(ack) => self.acked(ack),
             Event::Receipt(receipt) => self.receipt(receipt),

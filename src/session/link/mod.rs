@@ -13,6 +13,7 @@ mod events;
 mod http;
 mod inbound;
 mod lock;
+mod passkey;
 mod proxy;
 mod pump;
 mod repeats;

@@ -1,17 +1,18 @@
 //! The library's tasks, owned: counted, given the session's span, their panics caught and told, and ended for
 //! good when the session is over. The library alone would leave them running behind an abandoned client.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use tokio::sync::Notify;
-use tokio::task::JoinSet;
+use tokio::task::{Id, JoinSet, try_id};
 use tracing::Instrument;
 use whatsapp_rust::wacore::runtime::{AbortHandle, Runtime};
 
@@ -30,6 +31,7 @@ pub(super) struct LinkRuntime {
 struct Live {
     count: AtomicUsize,
     changed: Notify,
+    halted: OnceLock<Id>,
 }
 
 struct Counted(Arc<Live>);
@@ -57,8 +59,12 @@ impl LinkRuntime {
         let counted = Counted::new(&self.live);
         let on_panic = self.on_panic.clone();
         let guarded = async move {
-            let _counted = counted;
-            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+            let mut task = task;
+            let until_halted = poll_fn(|context| match counted.0.halted.get() {
+                Some(halted) if try_id() == Some(*halted) => Poll::Ready(()),
+                _ => task.as_mut().poll(context),
+            });
+            if AssertUnwindSafe(until_halted).catch_unwind().await.is_err() {
                 on_panic();
             }
         };
@@ -85,6 +91,11 @@ impl LinkRuntime {
             }
         };
         tokio::time::timeout(patience, ended).await.is_ok()
+    }
+
+    /// Ends one task of the library where it would go on next. Once per session.
+    pub(super) fn halt(&self, task: Id) {
+        let _ = self.live.halted.set(task);
     }
 
     /// Aborts what is left and drops whatever is spawned from now on.
@@ -152,6 +163,28 @@ mod tests {
         assert!(runtime.idle(Duration::from_secs(5)).await);
         assert!(panicked.load(Ordering::SeqCst));
         assert_eq!(runtime.live(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_halted_task_goes_no_further_and_others_do() {
+        let (runtime, panicked) = runtime();
+        let (told, mut steps) = tokio::sync::mpsc::unbounded_channel();
+        let release = tokio::sync::watch::Sender::new(());
+        for _ in 0..2 {
+            let (told, mut go_on) = (told.clone(), release.subscribe());
+            runtime.spawn_detached(Box::pin(async move {
+                told.send(try_id()).unwrap();
+                go_on.changed().await.unwrap();
+                told.send(try_id()).unwrap();
+            }));
+        }
+        let (halted, other) = (steps.recv().await.unwrap().unwrap(), steps.recv().await.unwrap());
+        runtime.halt(halted);
+        release.send_replace(());
+        assert!(runtime.idle(Duration::from_secs(5)).await);
+        assert_eq!(steps.recv().await.unwrap(), other);
+        assert!(steps.try_recv().is_err(), "the halted one went on");
+        assert!(!panicked.load(Ordering::SeqCst));
     }
 
     #[tokio::test]

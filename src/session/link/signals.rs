@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
+use tokio::task::Id;
 use tokio::time::{Instant, timeout};
 use whatsapp_rust::Client;
 use whatsapp_rust::Jid;
@@ -88,6 +89,10 @@ struct Progress {
     unproved: bool,
     code: CodeRequest,
     codes: u8,
+    /// Until when the next step of a passkey is waited for.
+    passkey_until: Option<Instant>,
+    /// The library's task that shows codes.
+    rotation: Option<Id>,
     /// What is wrong with the connection.
     troubles: Vec<Trouble>,
     last_alive: Option<Instant>,
@@ -310,6 +315,34 @@ impl Signals {
     /// Takes over to ask for a code, if one is wanted.
     pub(super) fn takes_code(&self) -> bool {
         std::mem::take(&mut self.progress().code) == CodeRequest::Wanted
+    }
+
+    /// Whether a phone is still to accept us.
+    pub(super) fn is_linking(&self) -> bool {
+        self.expected.is_some() && self.progress().paired.is_none()
+    }
+
+    /// The library shows codes in this task. At the end of the last one it would disconnect.
+    pub(super) fn rotates_codes(&self, task: Option<Id>) {
+        self.progress().rotation = task;
+    }
+
+    /// Takes over to end that task, once a passkey is asked for: a person may need longer than codes last.
+    pub(super) fn takes_rotation(&self) -> Option<Id> {
+        let mut progress = self.progress();
+        progress.passkey_until?;
+        progress.rotation.take()
+    }
+
+    /// Somebody has so long for the next step of linking with a passkey.
+    pub(super) fn await_passkey(&self, within: Duration) {
+        self.progress().passkey_until = Some(Instant::now() + within);
+        self.wake.notify_one();
+    }
+
+    /// Until when the next step of linking with a passkey is waited for, if it is.
+    pub(super) fn passkey_until(&self) -> Option<Instant> {
+        self.progress().passkey_until
     }
 
     /// Something is wrong with the connection. Told once it stands.
