@@ -6,8 +6,8 @@
 //! FLEET_SANDBOX=target/sandbox/release/switchboard FLEET_NUMBERS=10000 cargo bench --bench storms
 //! ```
 //!
-//! `STORMS` picks parts (`outage,panics,loop,drain`), `STORMS_MINUTES` says how long the one number goes on panicking.
-//! The outage is lived by the default build; panics can only be ordered from the sandbox's.
+//! `STORMS` picks parts (`outage,impostor,panics,loop,drain`), `STORMS_MINUTES` says how long the one number goes on panicking.
+//! The outage and the impostor are met by the default build, which checks certificates; panics can only be ordered from the sandbox's.
 
 #![allow(
     clippy::unwrap_used,
@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use switchboard::api::grpc::proto;
 use switchboard::api::grpc::proto::event_service_client::EventServiceClient;
+use switchboard::api::grpc::proto::number_service_client::NumberServiceClient;
 use switchboard::api::grpc::proto::stream_events_response::Step;
 use switchboard::telemetry::rng::Random;
 use tokio::task::JoinSet;
@@ -42,7 +43,7 @@ use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
 
 use self::rig::{
-    Daemon, PATIENCE, Process, Sender, gate, http, number_id, percentile, phone, provision, sandbox, serve,
+    Daemon, PATIENCE, Process, Sender, gate, http, number_id, online, percentile, phone, provision, sandbox, serve,
     until_online,
 };
 
@@ -53,6 +54,8 @@ const RATE: u64 = 300;
 const WINDOW: Duration = Duration::from_secs(20);
 /// Numbers that panic at once.
 const PANICKING: usize = 1_000;
+/// Orders to panic that are given at once.
+const ORDERS: usize = 32;
 /// How long nobody panics before and after the one that does.
 const CALM: Duration = Duration::from_mins(2);
 /// How often the one number is told to panic.
@@ -124,6 +127,14 @@ fn window(calls: &[(Instant, Duration)], from: Instant, to: Instant) -> String {
         return "no call".to_owned();
     }
     format!("{} calls, p50 {:.2} ms, p99 {:.2} ms", took.len(), percentile(&took, 0.5), percentile(&took, 0.99))
+}
+
+/// Why a number's last connection ended.
+async fn refused_because(sender: &Sender, index: usize) -> String {
+    let mut request = Request::new(proto::GetNumberRequest { number: number_id(index).to_string() });
+    request.metadata_mut().insert("x-api-key", sender.key.parse().unwrap());
+    let number = NumberServiceClient::new(sender.channel.clone()).get_number(request).await.unwrap().into_inner();
+    number.last_error.map(|last| last.code).unwrap_or_default()
 }
 
 async fn connect(daemon: &Daemon, key: &str) -> Sender {
@@ -229,6 +240,35 @@ impl World {
         println!("  {}", compare(self.sandbox_address, senders, &accepted));
     }
 
+    /// Somebody else answers at WhatsApp's address, with a certificate chain of its own: nobody may log in there.
+    async fn impostor(&mut self, daemon: &Daemon) {
+        self.sandbox.terminate();
+        let address = self.sandbox_address.to_string();
+        let (impostor, _) = sandbox(&self.sandbox_binary, &address, None);
+        let begun = Instant::now();
+        let sender = connect(daemon, &self.key).await;
+        let looked_at = SENDERS.min(self.count);
+        for index in 0..looked_at {
+            while refused_because(&sender, index).await != "HANDSHAKE_REFUSED" {
+                assert!(begun.elapsed() < PATIENCE, "number {index} is not refused");
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }
+        println!(
+            "impostor: {looked_at} numbers say HANDSHAKE_REFUSED after {:.1} s; {} of {} are online, {} logins at the impostor's",
+            begun.elapsed().as_secs_f64(),
+            online(daemon.admin),
+            self.count,
+            stat(self.sandbox_address, "logins")
+        );
+        drop(impostor);
+        let (process, _) = sandbox(&self.sandbox_binary, &address, Some(&self.sandbox_data));
+        self.sandbox = process;
+        let back = Instant::now();
+        let all = tokio::task::block_in_place(|| until_online(daemon.admin, self.count, back));
+        println!("  all Online {:.2} s after the real one came back", all.as_secs_f64());
+    }
+
     /// How fast the fleet comes back, and how many connections a second are opened for that at most.
     async fn recovery(&self, back: Instant) -> String {
         let mut opened: Vec<(Instant, u64)> = Vec::new();
@@ -273,7 +313,12 @@ impl World {
         let restarts = metric(daemon.admin, "switchboard_number_restarts_total", None);
         let crash = Instant::now();
         let last = (senders + PANICKING).min(self.count);
-        tokio::task::block_in_place(|| (senders..last).for_each(|index| self.panic(daemon, index)));
+        let order = |from: usize| (from..last).step_by(ORDERS).for_each(|index| self.panic(daemon, index));
+        tokio::task::block_in_place(|| {
+            std::thread::scope(|scope| {
+                (senders..senders + ORDERS).for_each(|from| drop(scope.spawn(move || order(from))));
+            });
+        });
         let ordered = crash.elapsed();
         let all = tokio::task::block_in_place(|| until_online(daemon.admin, self.count, crash));
         tokio::time::sleep(WINDOW).await;
@@ -414,14 +459,23 @@ async fn main() {
         return;
     }
     let count: usize = std::env::var("FLEET_NUMBERS").map_or(100, |text| text.parse().unwrap());
-    let parts = std::env::var("STORMS").unwrap_or("outage,panics,loop,drain".to_owned());
+    let parts = std::env::var("STORMS").unwrap_or("outage,impostor,panics,loop,drain".to_owned());
     let wanted = |part: &str| parts.split(',').any(|wanted| wanted == part);
     let mut world = World::begin(count).await;
-    if wanted("outage") {
+    if wanted("outage") || wanted("impostor") {
         let mut daemon = world.serve(env!("CARGO_BIN_EXE_switchboard"));
-        world.outage(&daemon).await;
+        if wanted("outage") {
+            world.outage(&daemon).await;
+        }
+        if wanted("impostor") {
+            world.impostor(&daemon).await;
+        }
         let (status, took) = daemon.process.terminate();
         println!("drain of {count} idle numbers: exit status {status:?} after {:.2} s", took.as_secs_f64());
+    }
+    if !["panics", "loop", "drain"].into_iter().any(wanted) {
+        let _ = std::fs::remove_dir_all(world.directory.parent().unwrap());
+        return;
     }
     let with_panics = world.sandbox_binary.clone();
     let mut daemon = world.serve(&with_panics);
