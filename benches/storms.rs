@@ -183,13 +183,16 @@ struct World {
 }
 
 impl World {
-    async fn begin(count: usize) -> Self {
+    /// `lasting`: the sandbox is to survive its own end. It then writes everything anew again and again, which costs more
+    /// the longer it runs, so parts that can do without are measured without.
+    async fn begin(count: usize, lasting: bool) -> Self {
         let sandbox_binary =
             std::env::var("FLEET_SANDBOX").expect("FLEET_SANDBOX: a binary built with --features sandbox");
         let home: PathBuf = std::env::temp_dir().join(format!("switchboard-storms-{}", std::process::id()));
         let (directory, sandbox_data) = (home.join("data"), home.join("sandbox"));
         let random = Arc::new(Random::from_system().unwrap());
-        let (sandbox, sandbox_address) = sandbox(&sandbox_binary, "127.0.0.1:0", Some(&sandbox_data));
+        let kept = lasting.then_some(sandbox_data.as_path());
+        let (sandbox, sandbox_address) = sandbox(&sandbox_binary, "127.0.0.1:0", kept);
         let begun = Instant::now();
         let key = provision(&directory, sandbox_address, count, &random).await;
         println!("{count} numbers provisioned in {:.1} s", begun.elapsed().as_secs_f64());
@@ -461,8 +464,9 @@ async fn main() {
     let count: usize = std::env::var("FLEET_NUMBERS").map_or(100, |text| text.parse().unwrap());
     let parts = std::env::var("STORMS").unwrap_or("outage,impostor,panics,loop,drain".to_owned());
     let wanted = |part: &str| parts.split(',').any(|wanted| wanted == part);
-    let mut world = World::begin(count).await;
-    if wanted("outage") || wanted("impostor") {
+    let lasting = wanted("outage") || wanted("impostor");
+    let mut world = World::begin(count, lasting).await;
+    if lasting {
         let mut daemon = world.serve(env!("CARGO_BIN_EXE_switchboard"));
         if wanted("outage") {
             world.outage(&daemon).await;

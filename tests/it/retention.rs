@@ -247,16 +247,21 @@ async fn of_an_erased_contact_nothing_is_left_to_read_to_stream_or_to_deliver() 
     })
     .await;
     erased(&shop.caller, CUSTOMER).await;
-    // The order itself goes last.
-    let done = async || (world.metric("switchboard_contacts_erased_total", "").await >= 1.0).then_some(());
-    until("the order is settled", done).await;
     let contact = Contact::of_phone(Phone::parse(CUSTOMER).unwrap());
-    let (chat, orders, events) = on_disk(&mut world, &shop.id, async |store| {
-        let orders = store.keys(Tag::Erasure, &[], None, Order::Ascending, (0, 10)).await.unwrap().len();
-        (store.chat_of(&contact).await.unwrap(), orders, store.events(EventSeq(0), 1000).await.unwrap())
+    let orders =
+        async |store: &NumberStore| store.keys(Tag::Erasure, &[], None, Order::Ascending, (0, 10)).await.unwrap().len();
+    let (chat, left, events) = on_disk(&mut world, &shop.id, async |store| {
+        (store.chat_of(&contact).await.unwrap(), orders(store).await, store.events(EventSeq(0), 1000).await.unwrap())
     })
     .await;
-    assert_eq!((chat, orders), (None, 0));
+    assert_eq!(chat, None);
+    if left > 0 {
+        // The order goes last, and the daemon ended just before: the next one sees to it.
+        world.start_again();
+        let settled = async || (world.metric("switchboard_contacts_erased_total", "").await >= 1.0).then_some(());
+        until("the order is settled", settled).await;
+        assert_eq!(on_disk(&mut world, &shop.id, orders).await, 0);
+    }
     assert!(!format!("{:?}", events).contains("secret"));
     let emptied = events.iter().filter(|event| matches!(event.body, EventBody::Erased(_))).count();
     assert!(emptied >= 4, "they keep their places: {emptied}");

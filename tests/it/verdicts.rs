@@ -203,12 +203,13 @@ async fn what_fails_before_the_login_is_named_too() {
     world.until_state(&tenant, &number.id, NumberState::Online).await;
 }
 
-/// Until the number is not shown Online any more, and how long that took.
+/// Until the number is not shown as connected any more, and how long that took. What answers no question may be shown
+/// as degraded before.
 async fn noticed(world: &World, tenant: &Caller, number: &OwnedNumber, at_most: Duration) -> (Duration, proto::Number) {
     let begun = Instant::now();
     loop {
         let shown = world.number(tenant, &number.id).await;
-        if shown.state() != NumberState::Online {
+        if !matches!(shown.state(), NumberState::Online | NumberState::Degraded) {
             return (begun.elapsed(), shown);
         }
         assert!(begun.elapsed() < at_most, "still shown as online after {:?}", begun.elapsed());
