@@ -16,10 +16,14 @@ async fn a_message_is_shown_once_and_every_rung_is_told() {
     assert_eq!(sent.status(), proto::MessageStatus::Queued);
     let of_message =
         |received: &switchboard::demo::sink::Received| received.body["data"]["internalMessageId"] == sent.id.as_str();
-    for event in ["message.sent", "message.delivered"] {
-        let received = world.webhook(shop, event, of_message).await;
-        assert!(received.verified, "{event}");
+    let delivered = world.webhook(shop, "message.delivered", of_message).await;
+    // A receipt that overtakes WhatsApp's own answer makes that rung old news.
+    let told = world.sink.received();
+    let was_sent = told.iter().find(|received| received.body["event"] == "message.sent" && of_message(received));
+    for received in was_sent.into_iter().chain([&delivered]) {
+        assert!(received.verified);
         assert_eq!(received.body["data"]["numberId"], shop.id.as_str());
+        assert!(received.body["data"]["sequence"].as_i64() <= delivered.body["data"]["sequence"].as_i64());
     }
     world.phones.read(CUSTOMER, SHOP).await.unwrap();
     assert!(world.webhook(shop, "message.read", of_message).await.verified);
@@ -27,7 +31,8 @@ async fn a_message_is_shown_once_and_every_rung_is_told() {
     let request = proto::GetMessageRequest { id: sent.id.clone() };
     let message = shop.caller.messages().get_message(request).await.unwrap().into_inner();
     assert_eq!(message.status(), proto::MessageStatus::Read);
-    assert!(message.sent_time.is_some() && message.delivered_time.is_some() && message.read_time.is_some());
+    assert!(message.delivered_time.is_some() && message.read_time.is_some());
+    assert_eq!(message.sent_time.is_some(), was_sent.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
