@@ -603,6 +603,8 @@ async fn a_client_that_lost_its_session_asks_again_and_gets_the_message() {
     alice.send(CAROL, "warm").await;
     phone_shows(&sandbox, CAROL, "warm", "sent").await;
     alice.leave(run).await;
+    // What the client still writes behind would bring the session back.
+    alice.client.flush_pending_signal_state().await.expect("flushed");
 
     let store: Arc<dyn Backend> = alice.backend.clone();
     let hidden = switchboard::sandbox::address::PhoneNumber::parse(CAROL).expect("a number").hidden();
