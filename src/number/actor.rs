@@ -439,7 +439,10 @@ impl NumberState {
 
     fn on_session(&mut self, no: ConnectionNo, event: FromSession, myself: &ActorRef<NumberMessage>) {
         let now = self.environment.clock.now();
-        self.handle.stats().touch(now);
+        // What a session says of itself is no sign that anything came or went.
+        if !matches!(event, FromSession::Opened(_) | FromSession::Usage(_) | FromSession::Closed(_)) {
+            self.handle.stats().touch(now);
+        }
         match event {
             FromSession::Opened(commands) => {
                 let close = matches!(self.connection, Connection::Opening { close_wanted: true, .. });

@@ -584,6 +584,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_request_gets_another_answer_when_its_patience_is_over_until_it_is_confirmed() {
+        let (signals, _entries) = signals();
+        let device = "5511999990001@s.whatsapp.net".to_owned();
+        let asked = Asked { device, recipient: None, whatsapp_id: "3EB0".to_owned(), count: 1, at: 0, answers: 0 };
+        let (name, hour) = (asked.name(), Duration::from_hours(1));
+        assert!(!signals.claim_answer(&name, hour), "nobody asked");
+        signals.push_asked(asked.clone());
+        assert!(signals.has_unanswered(hour) && signals.claim_answer(&name, hour));
+        assert!(!signals.has_unanswered(hour) && !signals.claim_answer(&name, hour), "it has its answer");
+        assert!(signals.has_unanswered(Duration::ZERO) && signals.claim_answer(&name, Duration::ZERO), "not confirmed");
+        signals.push_asked(asked);
+        assert!(signals.claim_answer(&name, hour), "asked again");
+        signals.confirmed(&name.0, &name.1);
+        assert!(!signals.has_unanswered(Duration::ZERO) && !signals.claim_answer(&name, Duration::ZERO));
+    }
+
+    #[tokio::test]
     async fn an_answer_takes_back_a_mere_suspicion() {
         let (signals, _entries) = signals();
         signals.note(Certainty::Maybe, CloseReason::Refused { code: 777 });
