@@ -1,6 +1,7 @@
 //! The one writer of a Db: an OS thread that merges what waits into one batch, flushes, syncs and answers.
 //! sled's own flush does not survive a power cut and its async flush deadlocks; `fdatasync` after each group
-//! is what makes an answer mean "on disk".
+//! is what makes an answer mean "on disk". Each group wakes all of sled's threads, so a busy Db writes few large ones
+//! (`linger`).
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,9 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::disk::{Log, refused, sled_refused};
 use super::error::StoreError;
+use super::linger::Linger;
 use crate::telemetry::failpoint::{self, Failpoint};
 
 /// Units waiting for the disk before callers are told `Busy`.
@@ -76,6 +79,9 @@ pub(super) struct Request {
     pub(super) durable: bool,
     pub(super) done: Answer,
 }
+
+/// What a group has so far; `None` for what it removes.
+type Overlay = HashMap<Vec<u8>, Option<Vec<u8>>>;
 
 enum Job {
     Commit(Request),
@@ -147,7 +153,8 @@ impl Committer {
     ) -> std::io::Result<Self> {
         let (jobs, queue) = sync_channel(QUEUE_UNITS_MAX);
         let shared = Arc::new(Shared { tree: RwLock::new(Some(tree.clone())), failure: OnceLock::new() });
-        let mut worker = Worker { db, tree, log, queue, shared: shared.clone(), stats: stats.clone() };
+        let fences = HashMap::new();
+        let mut worker = Worker { db, tree, log, queue, fences, shared: shared.clone(), stats: stats.clone() };
         let thread = std::thread::Builder::new().name(format!("commit-{name}")).spawn(move || worker.run())?;
         Ok(Self { jobs, shared, stats, thread: std::sync::Mutex::new(Some(thread)) })
     }
@@ -206,33 +213,65 @@ struct Worker {
     tree: sled::Tree,
     log: Box<dyn Log>,
     queue: Receiver<Job>,
+    /// The newest values of the records that units ask for by value: an epoch for each number, asked for by all of its
+    /// units. Nobody else writes here, so they need not be read again.
+    fences: HashMap<Vec<u8>, Vec<u8>>,
     shared: Arc<Shared>,
     stats: Arc<CommitterStats>,
 }
 
+/// Units that are written together.
+struct Group {
+    units: Vec<Request>,
+    bytes: usize,
+}
+
+impl Group {
+    fn of(first: Request) -> Self {
+        Self { bytes: first.bytes, units: vec![first] }
+    }
+
+    fn has_room(&self) -> bool {
+        self.units.len() < GROUP_UNITS_MAX && self.bytes < GROUP_BYTES_MAX
+    }
+
+    /// Takes what waits, as long as there is room; whether the queue goes on.
+    fn take_from(&mut self, queue: &Receiver<Job>) -> bool {
+        while self.has_room() {
+            match queue.try_recv() {
+                Ok(Job::Commit(request)) => {
+                    self.bytes += request.bytes;
+                    self.units.push(request);
+                }
+                Ok(Job::Close) => return false,
+                Err(_) => break,
+            }
+        }
+        true
+    }
+}
+
 impl Worker {
     fn run(&mut self) {
+        let (mut linger, mut begun) = (Linger::default(), None::<Instant>);
         let mut open = true;
         while open && self.shared.failure().is_none() {
             let Ok(Job::Commit(first)) = self.queue.recv() else {
                 break;
             };
-            let mut bytes = first.bytes;
-            let mut group = vec![first];
-            while group.len() < GROUP_UNITS_MAX && bytes < GROUP_BYTES_MAX {
-                match self.queue.try_recv() {
-                    Ok(Job::Commit(request)) => {
-                        bytes += request.bytes;
-                        group.push(request);
-                    }
-                    Ok(Job::Close) => {
-                        open = false;
-                        break;
-                    }
-                    Err(_) => break,
-                }
+            let mut group = Group::of(first);
+            open = group.take_from(&self.queue);
+            if open
+                && group.has_room()
+                && let Some(wait) = begun.and_then(|begun| linger.wait(begun.elapsed()))
+            {
+                let before = group.units.len();
+                std::thread::sleep(wait);
+                open = group.take_from(&self.queue);
+                linger.waited(group.units.len() - before);
             }
-            self.commit(group);
+            begun = Some(Instant::now());
+            self.commit(group.units);
         }
         if self.shared.failure().is_none() {
             let _ = self.sync();
@@ -243,7 +282,7 @@ impl Worker {
 
     fn commit(&mut self, group: Vec<Request>) {
         self.stats.queued.fetch_sub(group.len() as u64, Ordering::Relaxed);
-        let mut overlay: HashMap<Vec<u8>, Option<Vec<u8>>> = HashMap::new();
+        let mut overlay = Overlay::new();
         let mut answers = Vec::with_capacity(group.len());
         let mut durable = false;
         for request in group {
@@ -269,7 +308,7 @@ impl Worker {
         }
     }
 
-    fn current(&self, key: &[u8], overlay: &HashMap<Vec<u8>, Option<Vec<u8>>>) -> Result<Option<Vec<u8>>, StoreError> {
+    fn current(&self, key: &[u8], overlay: &Overlay) -> Result<Option<Vec<u8>>, StoreError> {
         if let Some(staged) = overlay.get(key) {
             return Ok(staged.clone());
         }
@@ -277,23 +316,31 @@ impl Worker {
         Ok(stored.map(|value| value.to_vec()))
     }
 
+    /// Whether a record has this value.
+    fn stands(&mut self, key: Vec<u8>, expected: &[u8], overlay: &Overlay) -> Result<bool, StoreError> {
+        if let Some(value) = self.fences.get(&key) {
+            return Ok(value == expected);
+        }
+        let current = self.current(&key, overlay)?;
+        let stands = current.as_deref() == Some(expected);
+        if let Some(value) = current {
+            self.fences.insert(key, value);
+        }
+        Ok(stands)
+    }
+
     /// Adds one unit to the group if its checks hold against what the group has so far.
-    fn stage(
-        &self,
-        checks: Vec<RawCheck>,
-        ops: Vec<RawOp>,
-        overlay: &mut HashMap<Vec<u8>, Option<Vec<u8>>>,
-    ) -> Result<(), StoreError> {
+    fn stage(&mut self, checks: Vec<RawCheck>, ops: Vec<RawOp>, overlay: &mut Overlay) -> Result<(), StoreError> {
         for check in checks {
             match check {
                 RawCheck::Absent(key) if self.current(&key, overlay)?.is_some() => return Err(StoreError::Conflict),
                 RawCheck::Present(key) if self.current(&key, overlay)?.is_none() => return Err(StoreError::Conflict),
-                RawCheck::Equals(key, expected, otherwise)
-                    if self.current(&key, overlay)?.as_ref() != Some(&expected) =>
-                {
-                    return Err(otherwise);
+                RawCheck::Equals(key, expected, otherwise) => {
+                    if !self.stands(key, &expected, overlay)? {
+                        return Err(otherwise);
+                    }
                 }
-                RawCheck::Absent(_) | RawCheck::Present(_) | RawCheck::Equals(..) => {}
+                RawCheck::Absent(_) | RawCheck::Present(_) => {}
             }
         }
         // Looked up before anything is staged, so that a failed read leaves nothing of the unit behind.
@@ -309,11 +356,18 @@ impl Worker {
                 }
             }
         }
+        for (key, value) in &staged {
+            match (self.fences.get_mut(key), value) {
+                (None, _) => {}
+                (Some(known), Some(value)) => known.clone_from(value),
+                (Some(_), None) => drop(self.fences.remove(key)),
+            }
+        }
         overlay.extend(staged);
         Ok(())
     }
 
-    fn write(&mut self, overlay: HashMap<Vec<u8>, Option<Vec<u8>>>, durable: bool) -> Result<(), Failure> {
+    fn write(&mut self, overlay: Overlay, durable: bool) -> Result<(), Failure> {
         let plain = |error| Failure { error, cache_suspect: false };
         self.log.before_write().map_err(|error| plain(refused(&error)))?;
         if !overlay.is_empty() {
@@ -332,7 +386,7 @@ impl Worker {
     }
 
     fn sync(&mut self) -> Result<(), Failure> {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         // sled's flush syncs nothing, so its failure says nothing about what was synced before.
         let flushed = self.db.flush().map_err(|error| sled_refused(&error));
         flushed.map_err(|error| Failure { error, cache_suspect: false })?;

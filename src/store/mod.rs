@@ -8,6 +8,7 @@ pub mod error;
 pub mod key;
 mod keyring;
 pub mod layout;
+mod linger;
 pub mod master;
 pub mod mender;
 pub mod meta;
