@@ -29,6 +29,8 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(6 * 3600);
 const SUSPICIOUS_FAILURES: u32 = 3;
 /// Failures of one kind in a row after which an operator should look, although it is tried again.
 const ALIKE_ALERT: u32 = 10;
+/// The same for handshakes refused by us or by the server: somebody may stand in between, or WhatsApp's root changed.
+const HANDSHAKE_ALERT: u32 = 2;
 
 /// Where a number stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -591,7 +593,7 @@ impl Life {
             {
                 Attention::Owner
             }
-            State::Offline { .. } | State::AwaitingGate | State::Connecting if self.alike >= ALIKE_ALERT => {
+            State::Offline { .. } | State::AwaitingGate | State::Connecting if self.alike >= self.alert_after() => {
                 Attention::Operator
             }
             State::Linking
@@ -601,6 +603,10 @@ impl Life {
             | State::Online
             | State::Stopped => Attention::None,
         }
+    }
+
+    fn alert_after(&self) -> u32 {
+        if self.reason == CloseReason::HandshakeRefused.code() { HANDSHAKE_ALERT } else { ALIKE_ALERT }
     }
 
     fn alive(&mut self, now: Timestamp) -> Vec<Effect> {
@@ -706,10 +712,13 @@ impl Life {
             | CloseReason::AckOwed
             | CloseReason::StreamError { .. }
             | CloseReason::HandshakeSilent
+            // What stands between everybody and WhatsApp is seldom there for hours; the gate keeps the fleet quiet
+            // meanwhile, and the first that gets through again releases it.
+            | CloseReason::HandshakeRefused
             | CloseReason::ServerError { .. }
             | CloseReason::StoreFailed
             | CloseReason::Crashed => back_off,
-            CloseReason::HandshakeRefused | CloseReason::NotWellFormed | CloseReason::Refused { code: 0 | 400 } => {
+            CloseReason::NotWellFormed | CloseReason::Refused { code: 0 | 400 } => {
                 if suspicious {
                     State::Parked { until: now.after(REFUSED_PAUSE) }
                 } else {
@@ -832,6 +841,34 @@ linking      | - | -+leave+close | - | -+leave | - | online | - | - | - | unlink
         for (reason, expected) in table {
             assert_eq!(after(reason.clone()), expected, "{reason:?}");
         }
+    }
+
+    #[test]
+    fn what_goes_on_failing_is_parked_or_shown_to_an_operator() {
+        let parks_at_the_third =
+            [CloseReason::NotWellFormed, CloseReason::Refused { code: 0 }, CloseReason::Refused { code: 400 }];
+        let called_at = |reason: &CloseReason| {
+            (1..=ALIKE_ALERT + 1).find(|times| {
+                let mut life = online();
+                for _ in 0..*times {
+                    life.enter(State::Connecting, NOW);
+                    life.step(Input::Closed { reason: reason.clone(), backoff: BACKOFF }, NOW);
+                }
+                let parked = matches!(life.state, State::Parked { .. });
+                assert_eq!(
+                    parked,
+                    parks_at_the_third.contains(reason) && *times >= SUSPICIOUS_FAILURES,
+                    "{reason:?} {times}"
+                );
+                life.attention() == Attention::Operator
+            })
+        };
+        for reason in &parks_at_the_third {
+            assert_eq!(called_at(reason), Some(SUSPICIOUS_FAILURES), "{reason:?}");
+        }
+        assert_eq!(called_at(&CloseReason::HandshakeRefused), Some(HANDSHAKE_ALERT));
+        assert_eq!(called_at(&CloseReason::HandshakeSilent), Some(ALIKE_ALERT));
+        assert_eq!(called_at(&CloseReason::Unreachable), Some(ALIKE_ALERT));
     }
 
     #[test]
