@@ -294,13 +294,13 @@ impl Number {
         self.next_seq += 1;
         let seq = MessageSeq(self.next_seq);
         let whatsapp_id = format!("3EB0{}{:016X}", self.phone, self.next_seq);
-        self.command(SessionCommand::Send(Outgoing {
+        self.command(SessionCommand::Send(Box::new(Outgoing {
             seq,
             whatsapp_id: whatsapp_id.clone(),
             to: to.clone(),
             content: Content::Text(text.to_owned()),
             devices: Devices::AsKnown,
-        }));
+        })));
         (seq, whatsapp_id)
     }
 
@@ -357,11 +357,11 @@ impl Number {
 }
 
 /// Says of every receipt at once that it is durable: the session writes nothing while one is not.
-fn with_receipts_answered(mut events: mpsc::Receiver<SessionEvent>) -> mpsc::Receiver<SessionEvent> {
+fn with_receipts_answered(mut events: mpsc::Receiver<Box<SessionEvent>>) -> mpsc::Receiver<SessionEvent> {
     let (onward, told) = mpsc::channel(EVENTS_MAX);
     tokio::spawn(async move {
         while let Some(event) = events.recv().await {
-            let event = match event {
+            let event = match *event {
                 SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable } => {
                     let _ = durable.send(Ok(()));
                     SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable: oneshot::channel().0 }

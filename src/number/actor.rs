@@ -419,7 +419,7 @@ impl NumberState {
         let (reply, verdict) = oneshot::channel();
         let (command, next, gone) = match (step, self.handle.view().pairing) {
             (PasskeyStep::Answer(assertion), Pairing::PasskeyRequest { .. }) => {
-                let command = SessionCommand::AnswerPasskey(assertion, reply);
+                let command = SessionCommand::AnswerPasskey(Box::new(assertion), reply);
                 (command, Pairing::PasskeyAnswered, PasskeyNotTaken::NotRequested)
             }
             (PasskeyStep::Confirm(seen), Pairing::PasskeyCode { code, .. }) => {

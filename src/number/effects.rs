@@ -168,7 +168,7 @@ impl NumberState {
         let Transmit { whatsapp_id, to, devices, .. } = transmit;
         let outgoing = move |content| Outgoing { seq, whatsapp_id, to, content, devices };
         if let Some(content) = transmit.content {
-            if commands.try_send(SessionCommand::Send(outgoing(content))).is_err() {
+            if commands.try_send(SessionCommand::Send(Box::new(outgoing(content)))).is_err() {
                 not_written(SendError::Offline);
             }
             return;
@@ -176,7 +176,7 @@ impl NumberState {
         let store = store.clone();
         self.tasks.spawn(async move {
             let error = match said(&store, seq).await {
-                Ok(Some(content)) => match commands.try_send(SessionCommand::Send(outgoing(content))) {
+                Ok(Some(content)) => match commands.try_send(SessionCommand::Send(Box::new(outgoing(content)))) {
                     Ok(()) => return,
                     Err(_) => SendError::Offline,
                 },

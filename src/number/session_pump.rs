@@ -72,10 +72,10 @@ impl SessionPump {
         let mut closed = false;
         let mut durables = JoinSet::new();
         while let Some(event) = incoming.recv().await {
-            closed = matches!(event, SessionEvent::Closed(_));
+            closed = matches!(*event, SessionEvent::Closed(_));
             while durables.try_join_next().is_some() {}
             let Ok(credit) = credits.clone().acquire_owned().await else { break };
-            match self.resolve(event, &mut durables).await {
+            match self.resolve(*event, &mut durables).await {
                 Ok(Some(event)) => self.tell(event, Some(credit)),
                 Ok(None) => {}
                 Err(_) => {

@@ -20,15 +20,15 @@ pub const COMMANDS_MAX: usize = 64;
 /// Events waiting for the number's actor before the session stops reading from the socket.
 pub const EVENTS_MAX: usize = 64;
 
-/// What a session is asked to do.
+/// What a session is asked to do. Small, as a channel holds room for 32 of them from the start, in every session.
 #[derive(Debug)]
 pub enum SessionCommand {
     /// Put one message on the wire. Answered by [`SessionEvent::Written`] or [`SessionEvent::NotWritten`].
-    Send(Outgoing),
+    Send(Box<Outgoing>),
     /// Ask until when the account is locked for opening new chats. Answered by [`SessionEvent::Lock`], or not at all.
     AskLock,
     /// The person unlocked the passkey that [`SessionEvent::PasskeyRequest`] asks for. Answered when WhatsApp has it.
-    AnswerPasskey(Assertion, oneshot::Sender<Result<(), PasskeyRefused>>),
+    AnswerPasskey(Box<Assertion>, oneshot::Sender<Result<(), PasskeyRefused>>),
     /// The person found the code of [`SessionEvent::PasskeyCode`] on the phone as well. Answered when WhatsApp knows.
     ConfirmPasskey(oneshot::Sender<Result<(), PasskeyRefused>>),
     /// Unlink this device on the server; the session then closes with `LoggedOut`.
@@ -63,7 +63,7 @@ pub struct Usage {
     pub memory: SessionMemory,
 }
 
-/// What a session tells. Exactly one `Closed` ends every session.
+/// What a session tells. Exactly one `Closed` ends every session. It travels boxed, for the same reason.
 #[derive(Debug)]
 pub enum SessionEvent {
     /// Show this QR code; it replaces the previous one.

@@ -36,7 +36,7 @@ pub struct OpenRequest {
     /// The number's only slot, held until the socket is really gone.
     pub slot: OwnedSemaphorePermit,
     /// Where events go.
-    pub events: mpsc::Sender<SessionEvent>,
+    pub events: mpsc::Sender<Box<SessionEvent>>,
     /// The number's span, for the logs.
     pub span: tracing::Span,
 }

@@ -84,7 +84,8 @@ pub(super) struct Request {
 type Overlay = HashMap<Vec<u8>, Option<Vec<u8>>>;
 
 enum Job {
-    Commit(Request),
+    /// Boxed: a queue has its room from the start.
+    Commit(Box<Request>),
     Close,
 }
 
@@ -166,7 +167,7 @@ impl Committer {
         }
         request.done.queued_for = Some(self.shared.clone());
         self.stats.queued.fetch_add(1, Ordering::Relaxed);
-        if let Err(error) = self.jobs.try_send(Job::Commit(request)) {
+        if let Err(error) = self.jobs.try_send(Job::Commit(Box::new(request))) {
             self.stats.queued.fetch_sub(1, Ordering::Relaxed);
             match error {
                 TrySendError::Full(Job::Commit(request)) => request.done.give(Err(StoreError::Busy)),
@@ -241,7 +242,7 @@ impl Group {
             match queue.try_recv() {
                 Ok(Job::Commit(request)) => {
                     self.bytes += request.bytes;
-                    self.units.push(request);
+                    self.units.push(*request);
                 }
                 Ok(Job::Close) => return false,
                 Err(_) => break,
@@ -259,7 +260,7 @@ impl Worker {
             let Ok(Job::Commit(first)) = self.queue.recv() else {
                 break;
             };
-            let mut group = Group::of(first);
+            let mut group = Group::of(*first);
             open = group.take_from(&self.queue);
             if open
                 && group.has_room()

@@ -158,7 +158,7 @@ async fn live(
     store: NumberStore,
     purpose: Purpose,
     commands: mpsc::Receiver<SessionCommand>,
-    recovered: mpsc::Receiver<InboundMessage>,
+    recovered: mpsc::Receiver<Box<InboundMessage>>,
     span: tracing::Span,
 ) -> CloseReason {
     let is_pairing = matches!(purpose, Purpose::Pair { .. });
@@ -224,7 +224,7 @@ enum Turn {
     Command(Option<SessionCommand>),
     Stopped,
     Sent,
-    Recovered(InboundMessage),
+    Recovered(Box<InboundMessage>),
     Delivered,
     RunEnded { panicked: bool },
     Tick,
@@ -240,7 +240,7 @@ struct Connection<'a> {
     outbound: Outbound,
     inbox: Arc<Inbox>,
     commands: mpsc::Receiver<SessionCommand>,
-    recovered: mpsc::Receiver<InboundMessage>,
+    recovered: mpsc::Receiver<Box<InboundMessage>>,
     stop: watch::Receiver<bool>,
     running: JoinSet<()>,
     delivering: JoinSet<()>,
@@ -299,7 +299,7 @@ impl Connection<'_> {
                 Turn::Sent | Turn::Delivered => None,
                 Turn::Recovered(message) => {
                     let inbox = self.inbox.clone();
-                    let deliver = async move { inbox.deliver_recovered(message).await };
+                    let deliver = async move { inbox.deliver_recovered(*message).await };
                     self.delivering.spawn(deliver.instrument(self.span.clone()));
                     None
                 }
@@ -395,7 +395,7 @@ impl Connection<'_> {
     async fn obey(&mut self, command: Option<SessionCommand>) -> Option<CloseReason> {
         match command {
             Some(SessionCommand::Send(message)) => {
-                self.outbound.take(message);
+                self.outbound.take(*message);
                 None
             }
             Some(SessionCommand::AskLock) => {
@@ -406,7 +406,7 @@ impl Connection<'_> {
                 None
             }
             Some(SessionCommand::AnswerPasskey(assertion, reply)) => {
-                let answer = passkey::answer(self.client.clone(), self.signals().clone(), assertion, reply);
+                let answer = passkey::answer(self.client.clone(), self.signals().clone(), *assertion, reply);
                 self.asking.spawn(Box::pin(answer).instrument(self.span.clone()));
                 None
             }

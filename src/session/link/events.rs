@@ -259,8 +259,8 @@ mod tests {
         };
         handler.acked(&ack("receipt", None));
         handler.acked(&ack("message", Some("463")));
-        match entries.try_recv() {
-            Ok(Queued::Event(SessionEvent::Acked { whatsapp_id, error })) => {
+        match entries.try_recv().ok().and_then(Queued::event) {
+            Some(SessionEvent::Acked { whatsapp_id, error }) => {
                 assert_eq!((whatsapp_id.as_str(), error), ("3EB0", Some(463)));
             }
             _ => panic!("not an ack"),

@@ -257,8 +257,8 @@ mod tests {
     }
 
     async fn next(entries: &mut mpsc::Receiver<Queued>) -> (usize, oneshot::Sender<Result<(), NotDurable>>) {
-        match entries.recv().await {
-            Some(Queued::Event(SessionEvent::Inbound { messages, durable })) => (messages.len(), durable),
+        match entries.recv().await.and_then(Queued::event) {
+            Some(SessionEvent::Inbound { messages, durable }) => (messages.len(), durable),
             _ => panic!("not an inbound batch"),
         }
     }

@@ -129,9 +129,9 @@ mod tests {
     }
 
     fn told(entries: &mut mpsc::Receiver<Queued>) -> (String, Duration) {
-        match entries.try_recv() {
-            Ok(Queued::Event(SessionEvent::PasskeyRequest { options, valid_for })) => (options, valid_for),
-            Ok(Queued::Event(SessionEvent::PasskeyCode { code, valid_for })) => (code, valid_for),
+        match entries.try_recv().ok().and_then(Queued::event) {
+            Some(SessionEvent::PasskeyRequest { options, valid_for }) => (options, valid_for),
+            Some(SessionEvent::PasskeyCode { code, valid_for }) => (code, valid_for),
             _ => panic!("nothing of a passkey"),
         }
     }

@@ -40,7 +40,7 @@ enum Kind {
     Placeholder,
 }
 
-async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) -> Option<SessionEvent> {
+async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) -> Option<Box<SessionEvent>> {
     match entry {
         Queued::Event(event) => Some(event),
         Queued::Receipt(receipt) => {
@@ -53,7 +53,7 @@ async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) 
                 complete(&client, &mut from).await;
             }
             let durable = watched.watch(Kind::Receipt, signals);
-            Some(SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable })
+            Some(Box::new(SessionEvent::Receipt { whatsapp_ids, from, kind, at, durable }))
         }
         Queued::Asked(asked) => {
             // One after the other, so that the oldest request is the first to be durable.
@@ -79,7 +79,7 @@ async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) 
                 complete(&client, &mut message.chat).await;
             }
             let durable = watched.watch(Kind::Placeholder, signals);
-            Some(SessionEvent::Inbound { messages: vec![*message], durable })
+            Some(Box::new(SessionEvent::Inbound { messages: vec![*message], durable }))
         }
     }
 }
@@ -89,7 +89,7 @@ async fn finished(entry: Queued, signals: &Arc<Signals>, watched: &mut Watched) 
 pub(super) async fn pump(
     signals: Arc<Signals>,
     mut entries: mpsc::Receiver<Queued>,
-    events: mpsc::Sender<SessionEvent>,
+    events: mpsc::Sender<Box<SessionEvent>>,
     mut last: oneshot::Receiver<CloseReason>,
 ) {
     let mut watched = Watched::default();
@@ -114,7 +114,7 @@ pub(super) async fn pump(
             let _ = events.send(event).await;
         }
     }
-    let _ = events.send(SessionEvent::Closed(reason)).await;
+    let _ = events.send(Box::new(SessionEvent::Closed(reason))).await;
 }
 
 #[cfg(test)]

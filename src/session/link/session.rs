@@ -39,7 +39,7 @@ pub struct LinkParams {
     /// The number's right to a socket; given back before `Closed` is told.
     pub slot: OwnedSemaphorePermit,
     /// Where events go. [`SessionEvent::Closed`] is the last one; dropping the receiver closes the session.
-    pub events: mpsc::Sender<SessionEvent>,
+    pub events: mpsc::Sender<Box<SessionEvent>>,
     /// The span of everything the session logs: it names the number by its opaque id.
     pub span: tracing::Span,
 }

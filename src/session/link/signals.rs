@@ -40,11 +40,10 @@ const ALIVE_EVERY: Duration = Duration::from_secs(25);
 /// How long anything may wait with being written because what was heard is not durable yet.
 const HEARD_WITHIN: Duration = Duration::from_secs(30);
 
-/// One entry of the queue.
+/// One entry of the queue. Boxed, because a channel holds room for 32 entries from the start, in every session.
 pub(super) enum Queued {
     /// Ready to be handed on.
-    Event(SessionEvent),
-    /// Boxed because a channel holds room for 32 entries from the start, in every session.
+    Event(Box<SessionEvent>),
     Receipt(Box<RawReceipt>),
     /// The place of a message that could not be decrypted. Queued before the sender is asked to repeat it, so it
     /// cannot come after its content.
@@ -53,6 +52,17 @@ pub(super) enum Queued {
     Asked(Box<Asked>),
     /// A device has what it asked for.
     Confirmed(Box<AskedName>),
+}
+
+#[cfg(test)]
+impl Queued {
+    /// What it tells the number, if it is ready.
+    pub(super) fn event(self) -> Option<SessionEvent> {
+        match self {
+            Self::Event(event) => Some(*event),
+            Self::Receipt(_) | Self::Placeholder(_) | Self::Asked(_) | Self::Confirmed(_) => None,
+        }
+    }
 }
 
 /// A receipt whose sender's other address is still to be looked up, which the handler cannot do.
@@ -117,7 +127,7 @@ pub(super) struct Signals {
     /// Requests for a repeat that are on disk, or on their way there; and when this session answered.
     asked: Mutex<HashMap<AskedName, Option<Instant>>>,
     queue: mpsc::Sender<Queued>,
-    recovered: mpsc::Sender<InboundMessage>,
+    recovered: mpsc::Sender<Box<InboundMessage>>,
     client: OnceLock<Weak<Client>>,
     persistence: OnceLock<Weak<PersistenceManager>>,
     backend: OnceLock<Weak<LinkBackend>>,
@@ -128,7 +138,7 @@ impl Signals {
         expected: Option<Phone>,
         link_by: LinkBy,
         queue: mpsc::Sender<Queued>,
-        recovered: mpsc::Sender<InboundMessage>,
+        recovered: mpsc::Sender<Box<InboundMessage>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             expected,
@@ -436,7 +446,7 @@ impl Signals {
     /// Queues an event from a synchronous handler. A full queue drops it: the outbox resends what was never
     /// acknowledged, and a receipt costs one rung of the ladder.
     pub(super) fn tell(&self, event: SessionEvent) {
-        self.push(Queued::Event(event));
+        self.push(Queued::Event(Box::new(event)));
     }
 
     /// Queues an entry from a synchronous handler; see [`Self::tell`].
@@ -537,7 +547,7 @@ impl Signals {
 
     /// Queues an event and waits for room. False: the session is over.
     pub(super) async fn deliver(&self, event: SessionEvent) -> bool {
-        self.queue.send(Queued::Event(event)).await.is_ok()
+        self.queue.send(Queued::Event(Box::new(event))).await.is_ok()
     }
 
     /// Whether nobody takes events any more.
@@ -547,7 +557,7 @@ impl Signals {
 
     /// Queues a message that was recovered outside the durability hook.
     pub(super) fn push_recovered(&self, message: InboundMessage) {
-        if self.recovered.try_send(message).is_err() {
+        if self.recovered.try_send(Box::new(message)).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }

@@ -31,7 +31,7 @@ use super::signals::Signals;
 use crate::domain::proxy::Proxy;
 
 /// Frames read and not yet taken by the client; a slow client slows the socket down instead of filling memory.
-const EVENTS_MAX: usize = 64;
+const EVENTS_MAX: usize = 16;
 /// How often a reader that has stopped looks for room.
 const ROOM_EVERY: Duration = Duration::from_millis(20);
 /// tungstenite allocates this at once; its default of 128 KiB is 1.2 GiB for ten thousand numbers.
