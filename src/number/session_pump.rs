@@ -75,7 +75,8 @@ impl SessionPump {
             closed = matches!(*event, SessionEvent::Closed(_));
             while durables.try_join_next().is_some() {}
             let Ok(credit) = credits.clone().acquire_owned().await else { break };
-            match self.resolve(*event, &mut durables).await {
+            // Boxed: between two events a session that says nothing needs no room for one.
+            match Box::pin(self.resolve(*event, &mut durables)).await {
                 Ok(Some(event)) => self.tell(event, Some(credit)),
                 Ok(None) => {}
                 Err(_) => {

@@ -182,7 +182,8 @@ async fn live(
     let Ok(persistence) = client::load(parts).await else {
         return CloseReason::StoreFailed;
     };
-    let Ok(client) = client::build(parts, persistence, version).await else {
+    // Boxed, as every step that is long and rare: a task keeps room for its largest one as long as it lives.
+    let Ok(client) = Box::pin(client::build(parts, persistence, version)).await else {
         return CloseReason::StoreFailed;
     };
     let wire = Wire { client: client.clone(), backend: parts.backend.clone(), store: store.clone() };
@@ -215,7 +216,7 @@ async fn live(
     };
     connection.start_run();
     let reason = connection.supervise().await;
-    connection.tear_down(reason).await
+    Box::pin(connection.tear_down(reason)).await
 }
 
 /// What the driver reacts to.
@@ -291,11 +292,11 @@ impl Connection<'_> {
         loop {
             let turn = self.next_turn().await;
             let reason = match turn {
-                Turn::Woken => self.look().await,
+                Turn::Woken => Box::pin(self.look()).await,
                 Turn::Stopped => Some(CloseReason::Requested),
                 Turn::Command(command) => self.obey(command).await,
                 Turn::RunEnded { panicked: true } => Some(CloseReason::Crashed),
-                Turn::RunEnded { panicked: false } => self.after_run().await,
+                Turn::RunEnded { panicked: false } => Box::pin(self.after_run()).await,
                 Turn::Sent | Turn::Delivered => None,
                 Turn::Recovered(message) => {
                     let inbox = self.inbox.clone();
