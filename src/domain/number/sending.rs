@@ -342,19 +342,12 @@ impl Number {
         let Some(seq) = self.outbox.in_flight_with(whatsapp_id) else {
             return;
         };
-        let Some(row) = self.outbox.row(seq).cloned() else {
+        let Some(row) = self.outbox.row(seq) else {
             return;
         };
-        let standing = self.outbox.standing(row.chat);
-        match ack::verdict(error, row.refusals, row.devices) {
-            ack::Verdict::Sent => {
-                self.outbox.settle(seq);
-                draft.changes.push(Change::OutboxGone(seq));
-                draft.effects.push(Effect::Count(Counted::Sent(now.since(row.created_at))));
-                self.climb(&Subject::of(&row), Progress::QUEUED, MessageStatus::Sent, None, now, now, draft);
-                draft.durable = true;
-                self.new_chat_accepted(standing, draft);
-            }
+        let (tried, standing) = (row.devices, self.outbox.standing(row.chat));
+        match ack::verdict(error, row.refusals, tried) {
+            ack::Verdict::Sent => self.sent(seq, now, draft),
             ack::Verdict::Again(pause, devices) => {
                 self.give_back(seq, Unsettled::Refused, devices, now.after(pause), draft);
             }
@@ -362,10 +355,22 @@ impl Number {
                 let until = self.hold_new_chats(reason, now, draft);
                 // Its own chat may be one that goes on: then it waits by itself.
                 let not_before = if standing == Standing::Warm { until } else { Timestamp(0) };
-                self.give_back(seq, Unsettled::NotThrough, row.devices, not_before, draft);
+                self.give_back(seq, Unsettled::NotThrough, tried, not_before, draft);
             }
             ack::Verdict::Failed(code) => self.fail(seq, code, now, draft),
         }
+    }
+
+    /// WhatsApp has it: settles the message and tells so. Nothing, if that was known before.
+    fn sent(&mut self, seq: MessageSeq, now: Timestamp, draft: &mut Draft) {
+        // Asked first: the outbox forgets a chat with its last row.
+        let standing = self.outbox.row(seq).map_or(Standing::New, |row| self.outbox.standing(row.chat));
+        let Some(row) = self.outbox.settle(seq) else { return };
+        draft.changes.push(Change::OutboxGone(seq));
+        draft.effects.push(Effect::Count(Counted::Sent(now.since(row.created_at))));
+        self.climb(&Subject::of(&row), Progress::QUEUED, MessageStatus::Sent, None, now, now, draft);
+        draft.durable = true;
+        self.new_chat_accepted(standing, draft);
     }
 
     pub(super) fn fail(&mut self, seq: MessageSeq, code: FailureCode, now: Timestamp, draft: &mut Draft) {
@@ -400,12 +405,8 @@ impl Number {
             if self.is_forgotten(message.seq, message.chat) {
                 continue;
             }
-            // A receipt proves that the server had it, whatever became of the answer.
-            if let Some(row) = self.outbox.settle(message.seq) {
-                draft.changes.push(Change::OutboxGone(message.seq));
-                draft.effects.push(Effect::Count(Counted::Sent(now.since(row.created_at))));
-                draft.durable = true;
-            }
+            // A receipt proves that the server had it, whatever became of the answer; it may also overtake the answer.
+            self.sent(message.seq, now, draft);
             let subject = Subject {
                 seq: message.seq,
                 chat: message.chat,

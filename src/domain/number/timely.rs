@@ -139,8 +139,8 @@ mod tests {
     use crate::domain::id::{ChatNo, NumberId};
     use crate::domain::lifecycle::State;
     use crate::domain::limiter::{HOLD_DEFAULT, Limits};
-    use crate::domain::message::{Content, Direction};
-    use crate::domain::number::{Arrived, Input, OnUnknown, SendRequest, SendingRules, Snapshot, Ticket};
+    use crate::domain::message::{Content, Direction, Progress};
+    use crate::domain::number::{Arrived, Input, OnUnknown, Receipted, SendRequest, SendingRules, Snapshot, Ticket};
     use crate::domain::outbox::Devices;
     use crate::domain::phone::{Contact, Phone};
 
@@ -350,7 +350,7 @@ mod tests {
         bench.send(ANA, "A1", None, None);
         bench.send(ANA, "A2", None, None);
         bench.send(BEA, "B1", Some(NOW.after(Duration::from_secs(60))), None);
-        let stored = Some(crate::domain::message::Progress::QUEUED);
+        let stored = Some(Progress::QUEUED);
         let targets: Vec<_> = (1..=4).map(|seq| CancelTarget { seq: MessageSeq(seq), stored }).collect();
         let mut targets = targets;
         targets[3].stored = None;
@@ -386,5 +386,29 @@ mod tests {
         assert!(bench.largest > SETTLED_AT_ONCE_MAX / 2 && bench.largest <= SETTLED_AT_ONCE_MAX + 20);
         assert!(last.since(at) < Duration::from_secs(1));
         assert_eq!(bench.number.outbox().standing(ChatNo(1)), Standing::New);
+    }
+
+    #[test]
+    fn a_receipt_that_overtakes_the_answer_tells_of_both() {
+        let mut bench = Bench::new(RULES);
+        bench.send(ANA, "A", None, None);
+        let (seq, later) = (MessageSeq(1), NOW.after(Duration::from_secs(2)));
+        let message = Receipted {
+            seq,
+            whatsapp_id: "A".to_owned(),
+            chat: ChatNo(1),
+            to: person(ANA),
+            correlation_id: None,
+            progress: Progress::QUEUED,
+        };
+        // Receipts come in whole seconds, and from another clock.
+        let (messages, at) = (vec![message], Timestamp(NOW.0 - 1_000));
+        bench.step(Input::Receipts { messages, status: MessageStatus::Delivered, at, reply: ReplyId(2) }, later);
+        assert_eq!(bench.ends, [(MessageStatus::Sent, None), (MessageStatus::Delivered, None)]);
+        let (_, progress) = bench.number.recent_progress.back().unwrap();
+        assert_eq!((progress.sent_at, progress.delivered_at), (Some(later), Some(later)));
+        assert!(bench.number.outbox.row(seq).is_none());
+        bench.answer("A", None, later);
+        assert_eq!(bench.ends.len(), 2, "the answer says nothing new");
     }
 }
