@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::Value;
 use switchboard::api::grpc::proto;
 use switchboard::domain::id::NumberId;
 use switchboard::store::error::StoreError;
@@ -18,6 +17,8 @@ const SHOP: &str = "15559000001";
 const CUSTOMER: &str = "15559000099";
 const TENANT: &str = "Planted Tenant Ltd";
 const SENT: &str = "the parcel waits behind the blue door";
+/// Half a key, in bytes: of a row that is cut into pieces of this size, each key holds one whole piece.
+const PIECE: usize = 16;
 const WRITTEN: &str = "I will fetch it on thursday evening";
 
 /// Every file of a directory, the key files aside.
@@ -35,36 +36,18 @@ fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     found
 }
 
-/// Byte arrays of key length anywhere in a JSON value.
-fn keys_in(value: &Value, found: &mut Vec<Vec<u8>>) {
-    match value {
-        Value::Array(items) => {
-            let bytes: Option<Vec<u8>> =
-                items.iter().map(|item| item.as_u64().and_then(|byte| byte.try_into().ok())).collect();
-            match bytes {
-                Some(bytes) if bytes.len() >= 32 => found.push(bytes),
-                _ => items.iter().for_each(|item| keys_in(item, found)),
-            }
-        }
-        Value::Object(fields) => fields.values().for_each(|field| keys_in(field, found)),
-        Value::String(text) if text.len() >= 32 => found.push(text.as_bytes().to_vec()),
-        _ => {}
-    }
-}
-
 /// Pieces of Signal state as the program sees it: the device's keys, sessions, prekeys.
 async fn signal_bytes(number: &NumberStore) -> Vec<Vec<u8>> {
     let device = number.get(Tag::Device, &[]).await.unwrap().expect("linked");
-    let mut found = Vec::new();
-    keys_in(&serde_json::from_slice(&device).unwrap(), &mut found);
-    assert!(found.len() >= 4, "the device row has its keys: {}", found.len());
+    let mut found: Vec<Vec<u8>> = device.chunks_exact(PIECE).map(<[u8]>::to_vec).collect();
+    assert!(found.len() >= 20, "the device row has its keys: {}", found.len());
     for tag in [Tag::Session, Tag::PreKey, Tag::Identity] {
         let rows = number.scan(tag, &[], None, Order::Ascending, 5).await.unwrap();
         assert!(!rows.is_empty(), "{tag:?}");
-        found.extend(rows.into_iter().filter(|(_, value)| value.len() >= 32).map(|(_, value)| value));
+        found.extend(rows.into_iter().filter(|(_, value)| value.len() >= PIECE).map(|(_, value)| value));
     }
-    // A needle as long as a key; what a value begins with may be the same in many.
-    found.iter().map(|bytes| bytes[bytes.len() - 32..].to_vec()).collect()
+    // What a value begins with may be the same in many.
+    found.iter().map(|bytes| bytes[bytes.len() - PIECE..].to_vec()).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]

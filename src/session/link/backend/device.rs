@@ -1,11 +1,11 @@
-//! The device row: our identity, keys and login facts as one JSON value, durable at every save. Also what the
+//! The device row: our identity, keys and login facts as one value, durable at every save. Also what the
 //! rest of the daemon may ask of it without knowing the library: is it linked, put one in, take everything out.
 
 use async_trait::async_trait;
 use whatsapp_rust::wacore::store::Device;
 use whatsapp_rust::wacore::store::traits::DeviceStore;
 
-use super::{LibraryResult, LinkBackend, put};
+use super::{LibraryResult, LinkBackend, codec, put};
 use crate::domain::phone::Phone;
 use crate::store::error::StoreError;
 use crate::store::key::Tag;
@@ -82,7 +82,7 @@ pub async fn is_linked(store: &NumberStore) -> bool {
     let Ok(Some(bytes)) = store.get(Tag::Device, &[]).await else {
         return false;
     };
-    serde_json::from_slice::<Device>(&bytes).is_ok_and(|device| device.is_registered())
+    codec::decode::<Device>(&bytes).is_some_and(|device| device.is_registered())
 }
 
 /// Takes over a ready device row (made by a sandbox, or moved here with its owner's consent while no other
@@ -93,12 +93,13 @@ pub async fn is_linked(store: &NumberStore) -> bool {
 pub async fn provision(store: &NumberStore, device_json: &str) -> Result<Phone, ProvisionError> {
     let device: Device = serde_json::from_str(device_json).map_err(|_| ProvisionError::NotADevice)?;
     let phone = phone_of(&device).ok_or(ProvisionError::NotLinked)?;
+    let row = codec::encode(&device).map_err(|_| ProvisionError::NotADevice)?;
     if is_linked(store).await {
         return Err(ProvisionError::AlreadyLinked);
     }
     forget_device(store).await?;
     let mut unit = Unit::durable();
-    unit.put(Tag::Device, Vec::new(), device_json.as_bytes());
+    unit.put(Tag::Device, Vec::new(), row);
     store.commit(unit).await?;
     Ok(phone)
 }

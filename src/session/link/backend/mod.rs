@@ -4,6 +4,7 @@
 
 mod app_state;
 mod buffers;
+mod codec;
 mod device;
 mod protocol;
 mod repeats;
@@ -167,10 +168,8 @@ impl LinkBackend {
     }
 
     fn decode<T: serde::de::DeserializeOwned>(&self, bytes: &[u8]) -> LibraryResult<T> {
-        serde_json::from_slice(bytes).map_err(|_| {
-            // The parser's own message quotes the value, which may be a name or a key.
-            self.failed(StoreError::Corrupt("a row of the session does not parse".to_owned()))
-        })
+        codec::decode(bytes)
+            .ok_or_else(|| self.failed(StoreError::Corrupt("a row of the session does not parse".to_owned())))
     }
 }
 
@@ -179,7 +178,7 @@ fn put(tag: Tag, rest: Vec<u8>, value: Vec<u8>) -> Op {
 }
 
 fn encode<T: serde::Serialize>(value: &T) -> LibraryResult<Vec<u8>> {
-    serde_json::to_vec(value).map_err(|error| LibraryError::Serialization(Box::new(error)))
+    codec::encode(value).map_err(|error| LibraryError::Serialization(Box::new(error)))
 }
 
 /// A key of one kind within a family.
