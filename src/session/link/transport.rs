@@ -34,8 +34,9 @@ use crate::domain::proxy::Proxy;
 const EVENTS_MAX: usize = 16;
 /// How often a reader that has stopped looks for room.
 const ROOM_EVERY: Duration = Duration::from_millis(20);
-/// tungstenite allocates this at once; its default of 128 KiB is 1.2 GiB for ten thousand numbers.
-const READ_BUFFER_BYTES: usize = 4096;
+/// tungstenite allocates this at once and clears it for every read; its default of 128 KiB is 1.2 GiB for ten thousand
+/// numbers. Most frames are a few hundred bytes; a longer one makes room for itself.
+const READ_BUFFER_BYTES: usize = 1024;
 /// Largest WebSocket frame: WhatsApp's own frames are below 16 MiB (three length bytes).
 const FRAME_BYTES_MAX: usize = 16 << 20;
 /// How long a write may wait for the peer to read.
