@@ -363,13 +363,10 @@ impl Number {
 
     /// WhatsApp has it: settles the message and tells so. Nothing, if that was known before.
     fn sent(&mut self, seq: MessageSeq, now: Timestamp, draft: &mut Draft) {
-        // Asked first: the outbox forgets a chat with its last row.
-        let standing = self.outbox.row(seq).map_or(Standing::New, |row| self.outbox.standing(row.chat));
-        let Some(row) = self.outbox.settle(seq) else { return };
-        draft.changes.push(Change::OutboxGone(seq));
-        draft.effects.push(Effect::Count(Counted::Sent(now.since(row.created_at))));
-        self.climb(&Subject::of(&row), Progress::QUEUED, MessageStatus::Sent, None, now, now, draft);
-        draft.durable = true;
+        let Some(row) = self.outbox.row(seq) else { return };
+        let (created_at, standing) = (row.created_at, self.outbox.standing(row.chat));
+        self.end(seq, MessageStatus::Sent, None, now, draft);
+        draft.effects.push(Effect::Count(Counted::Sent(now.since(created_at))));
         self.new_chat_accepted(standing, draft);
     }
 
@@ -378,7 +375,7 @@ impl Number {
         draft.effects.push(Effect::Count(Counted::Failed(code)));
     }
 
-    /// Settles a message that will never be sent.
+    /// Takes a message out of the outbox and tells what became of it.
     pub(super) fn end(
         &mut self,
         seq: MessageSeq,
